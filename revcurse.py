@@ -653,7 +653,7 @@ class Watch:
         print(line, end="" if self.in_place else "\n", flush=True)
 
     def save(self):
-        """Write the checkpoint; a large one less often, to keep it to a tenth of the time."""
+        """Write the checkpoint; a large one less often, to take less than a tenth of the time."""
         self.look()  # NaN is not worth keeping
         began = time.monotonic()
         content = {"config": self.config, "seconds": self.seconds(),
@@ -663,8 +663,8 @@ class Watch:
         except (OSError, RuntimeError) as error:
             raise Problem(f"cannot write the checkpoint {self.path} ({error})", 1) from None
         self.owns_checkpoint = True
-        now = time.monotonic()
-        self.next_save = now + max(CHECKPOINT_SECONDS, 10 * (now - began))
+        took = time.monotonic() - began
+        self.next_save = began + CHECKPOINT_SECONDS + 11 * took
 
 
 # --------------------------------------------------------------------------------------- Commands
@@ -924,7 +924,8 @@ def plot_command(args):
     for path in args.results:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as matrices:
+            with open(path.with_suffix(".npz"), "rb") as file:
+                matrices = np.load(file, allow_pickle=False)
                 print(write_pictures(path.with_suffix(""), results, matrices))
         except Exception as error:  # a strange file can go wrong in every way
             if getattr(error, "strerror", None):
@@ -933,11 +934,15 @@ def plot_command(args):
                           ) from None
 
 
+def parse(argv=None):
+    """The arguments of a command line, with the defaults of its preset."""
+    args = build_parser("laptop").parse_args(argv)
+    return build_parser("paper").parse_args(argv) if args.preset == "paper" else args
+
+
 def main(argv=None):
     """Run a command line; returns the exit status."""
-    args = build_parser("laptop").parse_args(argv)
-    if args.preset == "paper":  # whose defaults are others
-        args = build_parser("paper").parse_args(argv)
+    args = parse(argv)
     try:
         args.run(args)
         return 0

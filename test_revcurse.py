@@ -1,0 +1,761 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.4.1", "numpy>=1.26.0", "matplotlib>=3.8.0", "pytest>=7.4.0"]
+# ///
+"""Tests of revcurse.py: `python test_revcurse.py`, or pytest. About a minute on two cores."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import revcurse
+from revcurse import GPT, Trainer, main, nll, rank, reversal_data
+
+HERE = Path(__file__).parent
+TINY = ["--vocab", "24", "--layers", "1", "--heads", "2", "--dim", "16", "--epochs", "12",
+        "--seeds", "2", "--batch-size", "4"]
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=0.01, weight_decay=0.01, fused=True)
+
+
+def tiny_trainer(*seeds, vocab=24, k=1, epochs=3, dropout=0.0, optimizer=adamw, **options):
+    gens = generators(*seeds)
+    data = [reversal_data(vocab, k, generator=g) for g in gens]
+    models = [GPT(vocab + 2, 2 * k, 2, 2, 16, dropout=dropout, generator=g) for g in gens]
+    return Trainer(models, data, gens, optimizer, epochs=epochs, batch_size=4, **options), data
+
+
+def run_in(folder, *argv):
+    """Run a command line in this process: its exit status."""
+    try:
+        return main([*argv, "--out", str(folder)])
+    except SystemExit as stop:
+        return stop.code
+
+
+# ------------------------------------------------------------------------------------------- Data
+
+# vocab, entity length: training and validation sentences, as the paper's captions have them
+COUNTS = {(20, 1): (9, 1), (50, 1): (20, 4), (200, 1): (85, 15), (800, 1): (340, 60),
+          (2000, 1): (850, 150), (800, 2): (680, 120), (800, 3): (250, 50)}
+
+
+@pytest.mark.parametrize("size", COUNTS, ids=str)
+def test_data_is_the_papers(size):
+    vocab, k = size
+    data = reversal_data(vocab, k, generator=torch.Generator().manual_seed(1))
+    assert (len(data.train), len(data.validation)) == COUNTS[size]
+    train = [tuple(s) for s in data.train.tolist()]
+    assert len(set(train)) == len(train)
+
+    letters_a, letters_b = (set(row) for row in data.alphabets.tolist())
+    assert len(letters_a) == len(letters_b) == vocab // 4 and not letters_a & letters_b
+    assert min(letters_a | letters_b) >= 2 and max(letters_a | letters_b) < vocab + 2
+    facts = {}  # (A, B): directions that are trained
+    for s in train:
+        left, arrow, right = s[:k], s[k], s[k + 1:]
+        a, b = (left, right) if arrow == 0 else (right, left)
+        assert set(a) <= letters_a and set(b) <= letters_b
+        facts.setdefault((a, b), set()).add(arrow)
+    assert len({a for a, _ in facts}) == len({b for _, b in facts}) == len(facts)  # one to one
+    for s in data.validation.tolist():  # the reverse is trained, the sentence itself is not
+        left, arrow, right = tuple(s[:k]), s[k], tuple(s[k + 1:])
+        assert facts.pop((left, right) if arrow == 0 else (right, left)) == {1 - arrow}
+    assert all(arrows == {0, 1} for arrows in facts.values())
+
+
+def test_data_is_reproducible_and_its_coin_is_fair():
+    one, same, other = (reversal_data(800, generator=g) for g in generators(5, 5, 6))
+    assert torch.equal(one.train, same.train) and torch.equal(one.validation, same.validation)
+    assert not torch.equal(one.train, other.train)
+    arrows = torch.cat([reversal_data(800, generator=g).validation[:, 1]
+                        for g in generators(*range(20))])  # 1200 tosses: 5 sigma are 0.072
+    assert abs(arrows.float().mean() - 0.5) < 0.072
+
+
+def test_data_of_long_entities_never_builds_the_product():
+    data = reversal_data(800, 12, 30, 20, torch.Generator().manual_seed(0))  # of 200**12 tuples
+    assert data.train.shape == (80, 25) and data.validation.shape == (20, 25)
+
+
+def test_data_names_and_groups():
+    data = reversal_data(24, generator=torch.Generator().manual_seed(0))
+    named = [[data.names[t] for t in s] for s in data.groups["train_forward"].tolist()]
+    assert named == [[f"A{i}", "->", f"B{i}"] for i in range(4)]
+    seen, unseen = data.groups["validation_seen"], data.groups["validation_unseen"]
+    assert torch.equal(seen[:, [0, 2]], unseen[:, [2, 0]])  # row by row the same pair
+    assert torch.equal(torch.cat([data.groups[g] for g in list(data.groups)[:3]]), data.train)
+
+
+# ------------------------------------------------------------------------------------------ Model
+
+
+def naive_gpt(weights, tokens, layers, heads, position):
+    """GPT-2 in plain loops over tokens and heads, from its parameters by name, in float64."""
+    w = {name: value.double().numpy() for name, value in weights.items()}
+    dim = w["transformer.wte.weight"].shape[1]
+    d = dim // heads
+
+    def norm(x, name):
+        x = (x - x.mean()) / math.sqrt(x.var() + 1e-5)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+    def turn(x, t):
+        if position != "relative":
+            return x
+        z = x[:d // 2] + 1j * x[d // 2:]  # a pair of entries is a complex number
+        z = z * np.exp(1j * t * 10000.0 ** (-np.arange(d // 2) * 2 / d))
+        return np.concatenate([z.real, z.imag])
+
+    x = [w["transformer.wte.weight"][t] for t in tokens]
+    if position == "absolute":
+        x = [v + w["transformer.wpe.weight"][t] for t, v in enumerate(x)]
+    for layer in range(layers):
+        h = f"transformer.h.{layer}"
+        qkv = [linear(norm(v, f"{h}.ln_1"), f"{h}.attn.c_attn") for v in x]
+        mixed = []
+        for t in range(len(x)):
+            heads_out = []
+            for n in range(heads):
+                part = slice(n * d, (n + 1) * d)
+                q = turn(qkv[t][:dim][part], t)
+                keys = [turn(qkv[s][dim:2 * dim][part], s) for s in range(t + 1)]
+                p = np.exp([q @ k / math.sqrt(d) for k in keys])
+                values = [qkv[s][2 * dim:][part] for s in range(t + 1)]
+                heads_out.append(sum(a * v for a, v in zip(p / p.sum(), values, strict=True)))
+            mixed.append(linear(np.concatenate(heads_out), f"{h}.attn.c_proj"))
+        x = [a + b for a, b in zip(x, mixed, strict=True)]
+        for t, v in enumerate(x):
+            u = linear(norm(v, f"{h}.ln_2"), f"{h}.mlp.c_fc")
+            u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+            x[t] = v + linear(u, f"{h}.mlp.c_proj")
+    return np.stack([w["lm_head.weight"] @ norm(v, "transformer.ln_f") for v in x])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("position", ["none", "absolute", "relative"])
+def test_gpt_against_plain_loops(position, tied):
+    g = torch.Generator().manual_seed(0)
+    model = GPT(11, 6, 3, 2, 8, position, tie_embeddings=tied, generator=g)
+    with torch.no_grad():  # away from the start, where attention is flat and norms are the identity
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=g) * 0.5)
+    tokens = torch.randint(11, (3, 5), generator=g)
+    expected = np.stack([naive_gpt(model.state_dict(), s, 3, 2, position) for s in tokens.tolist()])
+    logits = model(tokens)
+    assert logits.shape == (3, 5, 11)
+    np.testing.assert_allclose(logits.detach(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model(tokens, 2).detach(), expected[:, -2:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model(tokens[0]).detach(), expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["none", "absolute", "relative"])
+def test_gpt_is_causal(position):
+    model = GPT(11, 6, 2, 2, 8, position, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[2, 3, 4, 5, 6]])
+    changed = torch.tensor([[2, 3, 4, 9, 6]])
+    same = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    assert torch.equal(same[:3], torch.zeros(3)) and (same[3:] > 0).all()
+
+
+def test_relative_positions_depend_on_distance_alone():
+    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).double()
+    turn = revcurse.Attention.rotate
+    scores = turn(q.expand(6, 8)) @ turn(k.expand(6, 8)).T  # (query at, key at)
+    for distance in range(-4, 5):
+        assert scores.diagonal(distance).std() < 1e-6
+    assert scores[0].std() > 0.1
+
+
+def test_gpt_starts_as_gpt2_and_has_its_parameter_names():
+    model = GPT(500, 8, 3, 4, 64, generator=torch.Generator().manual_seed(0))
+    block = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
+             "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias",
+             "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
+    weights = dict(model.named_parameters())
+    assert sorted(weights) == sorted(
+        ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight",
+         "transformer.ln_f.weight", "transformer.ln_f.bias",
+         *(f"transformer.h.{i}.{name}" for i in range(3) for name in block)])
+    assert set(model.state_dict()) == set(weights)
+    for name, weight in weights.items():
+        if "ln_" in name or name.endswith("bias"):
+            assert (weight == float("ln_" in name and name.endswith("weight"))).all()
+        elif weight.numel() > 1000:  # smaller ones say little about their spread
+            expected = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+            assert abs(weight.std() / expected - 1) < 0.05 and abs(weight.mean()) < 0.002
+    tied = GPT(500, 8, 1, 4, 64, tie_embeddings=True)
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+
+
+def test_gpt_against_the_published_one():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=48, n_layer=3, n_head=4, bos_token_id=0,
+        eos_token_id=0, tie_word_embeddings=False)).eval()
+    ours = GPT(50, 16, 3, 4, 48).eval()
+    with torch.no_grad():
+        weights = {name: weight.normal_(0, 0.2) for name, weight in theirs.named_parameters()}
+    ours.load_state_dict({name: weight.mT if "c_" in name and weight.dim() == 2 else weight
+                          for name, weight in weights.items()})
+    tokens = torch.randint(50, (4, 16))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout():
+    torch.manual_seed(0)
+    drop = revcurse.Dropout(0.3)
+    x = torch.ones(100, 1000)
+    y = drop(x)
+    assert abs((y == 0).float().mean() - 0.3) < 0.01  # 100,000 draws: 7 sigma
+    assert torch.allclose(y[y != 0], torch.tensor(1 / 0.7))
+    assert torch.equal(drop.eval()(x), x)
+    model = GPT(10, 4, 2, 2, 8, dropout=0.5)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(model(tokens), model(tokens))
+    assert torch.equal(model.eval()(tokens), model(tokens))
+
+
+# --------------------------------------------------------------------------------------- Training
+
+
+class Table(nn.Module):
+    """A model set by hand: the logits after a token are its row of a table."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, tokens, last):
+        return self.table[tokens[..., -last:]]
+
+
+def table_trainer(table, k=1, vocab=24, **options):
+    gens = generators(0)
+    data = [reversal_data(vocab, k, generator=g) for g in gens]
+    return Trainer([Table(table)], data, gens, lambda p: torch.optim.SGD(p, lr=1.0), epochs=1,
+                   batch_size=10**6, **options), data[0]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("loss", ["entity", "sequence"])
+def test_loss_looks_at_the_right_tokens(loss, k):
+    """Gradient descent on an all-zero table, step 1: minus the gradient, by hand."""
+    trainer, data = table_trainer(torch.zeros(26, 26), k, loss=loss)
+    trainer.step()
+    expected = torch.zeros(26, 26)
+    predicted = range(k + 1, 2 * k + 1) if loss == "entity" else range(1, 2 * k + 1)
+    for sentence in data.train.tolist():
+        for at in predicted:
+            expected[sentence[at - 1]] -= 1 / 26
+            expected[sentence[at - 1], sentence[at]] += 1
+    expected /= len(data.train) * len(predicted)
+    torch.testing.assert_close(trainer.params["table"][0].detach(), expected)
+
+
+def test_metrics_by_hand():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 3.0, -1.0, 5.0], [4.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    targets = torch.tensor([2, 4])
+    total = sum(math.exp(v) for v in [0, 2, 1, 3, -1, 5])
+    torch.testing.assert_close(nll(logits, targets), torch.tensor(
+        [math.log(total) - 1, math.log(math.exp(4) + 5)]))
+    assert nll(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3)
+    alphabets = torch.tensor([[2, 3, 1], [4, 0, 5]])
+    assert rank(logits, targets, alphabets).tolist() == [3, 2]  # of 2, 3, 1 and of 4, 0, 5
+
+
+def test_measure_and_matrices_on_a_model_set_by_hand():
+    """A table that knows each pair A_i -> B_i and nothing else, from the entity or the arrow."""
+    table = torch.zeros(26, 26)
+    trainer, data = table_trainer(table)
+    for a, _, b in data.groups["train_forward"].tolist():
+        trainer.params["table"].data[0, a, b] = 7.0
+    matrices = revcurse.logit_matrices(trainer, [data])
+    assert torch.equal(matrices["train_forward"][0], 7 * torch.eye(4))
+    assert torch.equal(matrices["train_backward"][0], torch.zeros(4, 4))
+    means = revcurse.diagonal_means(matrices)
+    assert means["train_forward"] == {"diagonal": 7.0, "off_diagonal": 0.0}
+
+    target = data.validation[0, 2]  # after both arrows the table now says this token, surely
+    trainer.params["table"].data[0, :2, target] = 200.0
+    measured = revcurse.measure(trainer, [data])
+    hits = data.train[:, 2] == target
+    assert measured["train_accuracy"]["mean"] == hits.double().mean()
+    assert measured["validation_accuracy"]["per_seed"] == [1 / len(data.validation)]
+    ceiling = -math.log(1e-50)  # every other answer has NLL 200, clipped
+    assert measured["train_nll"]["mean"] == pytest.approx(ceiling * (~hits).double().mean())
+    other = (data.alphabets == target).any(1).nonzero().item()
+    in_alphabet = torch.isin(data.train[:, 2], data.alphabets[other])
+    expected = torch.where(in_alphabet & ~hits, 2.0, 1.0).mean()  # one token of its own is better
+    assert measured["train_rank"]["mean"] == pytest.approx(expected.item())
+
+
+def test_word_nll_is_the_sum_over_the_tokens():
+    table = torch.randn(26, 26, generator=torch.Generator().manual_seed(3))
+    trainer, data = table_trainer(table, k=2)
+    log_p = table.log_softmax(-1)
+    words = [-(log_p[s[2], s[3]] + log_p[s[3], s[4]]) for s in data.validation]
+    firsts = [-log_p[s[2], s[3]] for s in data.validation]
+    measured = revcurse.measure(trainer, [data])
+    assert measured["validation_word_nll"]["mean"] == pytest.approx(np.mean(words), rel=1e-5)
+    assert measured["validation_nll"]["mean"] == pytest.approx(np.mean(firsts), rel=1e-5)
+
+
+def test_training_all_seeds_at_once_against_one_plain_loop_each():
+    """In float64, as the keys' biases have no gradient but rounding, which AdamW scales up."""
+    def adam(params):
+        return torch.optim.AdamW(params, lr=0.01, betas=(0.8, 0.99), weight_decay=0.1)
+
+    gens = generators(0, 1, 2)
+    data = [reversal_data(24, generator=g) for g in gens]
+    models = [GPT(26, 2, 2, 2, 16, generator=g).double() for g in gens]
+    alone = [copy.deepcopy(model) for model in models]
+    trainer = Trainer(models, data, gens, adam, epochs=4, batch_size=4)
+    orders = [copy.deepcopy(g.get_state()) for g in gens]
+    trainer.run()
+    for s, model in enumerate(alone):
+        g = torch.Generator()
+        g.set_state(orders[s])
+        optimizer = adam(model.parameters())
+        for _ in range(4):
+            order = torch.randperm(len(data[s].train), generator=g)
+            for rows in order.split(4):
+                batch = data[s].train[rows]
+                loss = nn.functional.cross_entropy(model(batch[:, :2])[:, -1], batch[:, 2])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(trainer.params[name][s], weight, atol=1e-9, rtol=1e-9)
+        for curve, sentences in zip(trainer.curves, (data[s].train, data[s].validation),
+                                    strict=True):
+            p = model(sentences[:, :2])[:, 1].softmax(-1)
+            p_right = p[torch.arange(len(p)), sentences[:, 2]]
+            assert curve[-1, s].item() == pytest.approx(-p_right.log().mean().item(), rel=1e-5)
+
+
+def test_a_seed_alone_is_the_same_as_among_others():
+    many, data_many = tiny_trainer(0, 1, 2, 3, dropout=0.2)
+    one, data_one = tiny_trainer(3, dropout=0.2)
+    assert torch.equal(data_many[3].train, data_one[0].train)
+    for name, weight in one.params.items():
+        assert torch.equal(weight[0], many.params[name][3])
+    for trainer in (many, one):
+        trainer.run()
+    assert torch.equal(one.order[0], many.order[3])
+    torch.testing.assert_close(one.curves[..., 0], many.curves[..., 3], atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_masks_belong_to_the_seed():
+    many, one = tiny_trainer(0, 1, 2, 3, dropout=0.2)[0], tiny_trainer(3, dropout=0.2)[0]
+    theirs, ours = many.draw_noise(4), one.draw_noise(4)
+    assert len(ours) == 1 + 3 * 2  # embeddings; attention, residual and MLP of two blocks
+    for name, noise in ours.items():
+        assert torch.equal(noise[0], theirs[name][3])
+        assert not torch.equal(noise[0], theirs[name][2])
+
+
+@pytest.mark.parametrize("loss", ["entity", "sequence"])
+def test_dropout_is_at_work_in_training_only(loss):
+    trainer, _ = tiny_trainer(0, dropout=0.5, loss=loss)
+    before = {name: weight.detach().clone() for name, weight in trainer.params.items()}
+    first, second = (trainer.losses(trainer.sentences, trainer.P, trainer.draw_noise(12))
+                     for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(*(trainer.predict(trainer.sentences[..., :-1], 1) for _ in range(2)))
+    trainer.run()
+    assert not torch.equal(before["lm_head.weight"], trainer.params["lm_head.weight"])
+
+
+def test_evaluation_does_not_change_training():
+    often, seldom = (tiny_trainer(0, 1, epochs=5, dropout=0.1)[0] for _ in range(2))
+    seldom.points = [0, 5]
+    for trainer in (often, seldom):
+        trainer.run()
+    for name, weight in often.params.items():
+        assert torch.equal(weight, seldom.params[name])
+    assert torch.equal(often.curves[:, -1], seldom.curves[:, 1])
+
+
+def test_curves_have_the_promised_points():
+    trainer, _ = tiny_trainer(0, epochs=3)
+    assert trainer.points == [0, 1, 2, 3]
+    trainer.run()
+    assert (trainer.curves[:, 0] - math.log(26)).abs().max() < 0.05
+    points = tiny_trainer(0, epochs=3000)[0].points
+    assert points[0] == 0 and points[-1] == 3000 and len(points) == 101
+    assert np.diff(points).tolist() == [30] * 100
+
+
+def test_frozen_embeddings_stay_and_tied_ones_are_trained_together():
+    config = {"vocab": 24, "layers": 1, "heads": 2, "dim": 16, "position": "absolute",
+              "dropout": 0.0, "tie_embeddings": False, "freeze_embeddings": True}
+    for tied in (False, True):
+        config |= {"tie_embeddings": tied, "freeze_embeddings": not tied}
+        g = generators(0)
+        data = [reversal_data(24, generator=g[0])]
+        trainer = Trainer([revcurse.make_model(config, data[0], g[0])], data, g, adamw, epochs=2)
+        before = {name: weight.detach().clone() for name, weight in trainer.params.items()}
+        trainer.run()
+        moved = {name for name, weight in trainer.params.items()
+                 if not torch.equal(weight, before[name])}
+        frozen = set() if tied else {"transformer.wte.weight", "transformer.wpe.weight"}
+        assert set(before) - moved == frozen
+        assert ("lm_head.weight" in before) != tied
+
+
+# --------------------------------------------------------------------------- The command, as a user
+
+
+def test_the_curse(tmp_path, capsys):
+    argv = ["reversal", "--vocab", "100", "--layers", "1", "--heads", "2", "--dim", "32",
+            "--epochs", "100", "--seeds", "3"]
+    assert run_in(tmp_path / "a", *argv) == 0
+    printed = capsys.readouterr().out
+    assert "device: c" in printed and "The reversal curse: 100.0% of the trained" in printed
+    assert printed.count("seed-epochs/s") == 10
+    assert "trained: A18 -> B18" in printed or "trained: B18 <- A18" in printed
+    results = json.loads((tmp_path / "a/reversal.json").read_text())
+
+    assert list(results) == ["command", "config", "environment", "counts", "chance", "summary",
+                             "weights", "curves", "seconds"]
+    assert results["counts"] == {"train": 43, "validation": 7}
+    assert results["chance"] == {"vocabulary": math.log(102), "alphabet": math.log(25)}
+    assert results["config"]["complete"] == 18 and results["config"]["held_out"] == 7
+    assert set(results["environment"]) == {"python", "torch", "numpy", "device"}
+    summary = results["summary"]
+    assert set(summary) == {f"{part}_{name}" for part in ("train", "validation")
+                            for name in ("nll", "accuracy", "rank")}
+    for values in summary.values():
+        assert values["mean"] == pytest.approx(np.mean(values["per_seed"]))
+        assert values["std"] == pytest.approx(np.std(values["per_seed"]))
+    assert np.shape(results["curves"]["train_nll"]) == (3, 101)
+    for part in ("train_nll", "validation_nll"):
+        last = [curve[-1] for curve in results["curves"][part]]
+        assert last == pytest.approx(summary[part]["per_seed"], rel=1e-4)
+
+    # The science: learned, and yet no trace of the pairs in the unseen direction.
+    assert summary["train_accuracy"]["per_seed"] == [1.0] * 3
+    assert summary["train_nll"]["mean"] < 0.1
+    assert summary["validation_accuracy"]["mean"] < 0.05
+    assert min(summary["validation_nll"]["per_seed"]) > results["chance"]["vocabulary"]
+    gaps = {name: means["diagonal"] - means["off_diagonal"]
+            for name, means in results["weights"].items()}
+    for name in ("train_forward", "train_backward", "validation_seen"):
+        assert gaps[name] > 5
+    assert abs(gaps["validation_unseen"]) < 0.1 * gaps["validation_seen"]
+
+    # Written once more: the same numbers; drawn once more: the same pictures.
+    assert run_in(tmp_path / "b", *argv, "--quiet") == 0
+    assert "seed-epochs/s" not in capsys.readouterr().out
+    again = json.loads((tmp_path / "b/reversal.json").read_text())
+    for one in (results, again):
+        del one["seconds"], one["config"]["out"], one["config"]["quiet"]
+    assert results == again
+    names = {"reversal.json", "reversal.npz", "reversal.png", "reversal_weights.png"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    pictures = {name: (tmp_path / "a" / name).read_bytes() for name in names if "png" in name}
+    for name, content in pictures.items():
+        assert content.startswith(b"\x89PNG")
+        (tmp_path / "a" / name).unlink()
+    assert main(["plot", str(tmp_path / "a/reversal.json")]) == 0
+    for name, content in pictures.items():
+        assert (tmp_path / "a" / name).read_bytes() == content
+    with np.load(tmp_path / "a/reversal.npz", allow_pickle=False) as matrices:
+        assert {name: matrix.shape for name, matrix in matrices.items()} == {
+            "train_forward": (18, 18), "train_backward": (18, 18), "validation_seen": (7, 7),
+            "validation_unseen": (7, 7)}
+
+
+@pytest.mark.parametrize("more", [
+    ["--vocab", "8"], ["--entity-length", "2", "--position", "relative"],
+    ["--entity-length", "3", "--loss", "sequence", "--dropout", "0.1", "--position", "none"],
+    ["--freeze-embeddings", "--tie-embeddings", "--complete", "2", "--held-out", "1"]], ids=str)
+def test_every_setting_runs(tmp_path, more):
+    assert run_in(tmp_path, "reversal", *TINY, *more) == 0
+    results = json.loads((tmp_path / "reversal.json").read_text())
+    assert ("train_word_nll" in results["summary"]) == ("--entity-length" in more)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_presets():
+    def config(*argv):
+        return vars(revcurse.parse(["reversal", *argv]))
+
+    paper = config("--preset", "paper", "--layers", "3")
+    assert (paper["layers"], paper["heads"], paper["dim"], paper["epochs"], paper["dropout"]) == (
+        3, 12, 768, 3000, 0.1)
+    laptop = config()
+    assert (laptop["layers"], laptop["heads"], laptop["dim"], laptop["dropout"]) == (2, 4, 64, 0)
+    for shared in (paper, laptop):
+        assert (shared["vocab"], shared["batch_size"], shared["lr"], shared["betas"],
+                shared["weight_decay"], shared["seeds"]) == (800, 64, 0.01, [0.9, 0.999], 0.01, 10)
+
+
+BAD = {  # flags: what the one line on stderr must hold, beside the flag and its value
+    "--dim 30": "4", "--dim 20 --heads 4 --position relative --layers 1 --vocab 24": None,
+    "--dim 0": "1", "--layers -1": "1", "--heads 0": "1", "--layers x": "whole", "--dim 1.5": None,
+    "--vocab 0": "1", "--vocab 7": "8", "--vocab 4 --entity-length 3": "8",
+    "--entity-length 0": "1", "--complete 0": "1", "--held-out -3": "1",
+    "--complete 180": "200", "--complete 36 --vocab 24 --entity-length 2": "36",
+    "--epochs 0": "1", "--batch-size 0": "1", "--seeds 0": "1", "--seed -1": "0",
+    "--lr 0": "above 0", "--lr -1": "above 0", "--lr nan": "above 0", "--lr inf": "above 0",
+    "--weight-decay -0.1": "0", "--betas 1 0.9": "below 1", "--betas -0.1 0.9": "below 1",
+    "--betas 0.9": "2 arguments", "--dropout 1": "below 1", "--dropout -0.1": "below 1",
+    "--device tpu": "cpu", "--position sideways": "relative", "--loss none": "sequence",
+    "--preset server": "laptop", "--frobnicate 1": None,
+    "--device mps": None, "--device cuda": None}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input(tmp_path, capsys, flags):
+    flag, *values = flags.split()[:2]
+    if flag == "--device" and values[0] in ("cuda", "mps"):
+        here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        if here[values[0]]():
+            pytest.skip("this device is here")
+    (tmp_path / "reversal.json").write_text("earlier")
+    assert run_in(tmp_path, "reversal", *flags.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    if flags == "--betas 0.9":  # where the value that is missing cannot be named
+        values = []
+    for part in (flag, *values, BAD[flags] or ""):
+        assert part in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["reversal.json"]
+    assert (tmp_path / "reversal.json").read_text() == "earlier"
+
+
+def test_bad_output_directory(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        assert run_in(out, "reversal", *TINY) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"--out {out}" in error
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
+    if os.name == "posix" and os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        assert run_in(tmp_path, "reversal", *TINY) == 2
+
+
+def test_bad_results_to_plot(tmp_path, capsys):
+    assert run_in(tmp_path, "reversal", *TINY) == 0
+    capsys.readouterr()
+    good, arrays = tmp_path / "reversal.json", tmp_path / "reversal.npz"
+    picture = (tmp_path / "reversal.png").read_bytes()
+    text, content = good.read_text(), arrays.read_bytes()
+
+    def fails(*words, path=good):
+        assert main(["plot", str(path)]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and printed.out == ""
+        assert all(word in printed.err for word in (path.stem, *words))
+        assert (tmp_path / "reversal.png").read_bytes() == picture
+
+    fails("No such file", path=tmp_path / "reversal2.json")
+    for damaged in (text[:200], "", "[1]", "{}", json.dumps({**json.loads(text), "curves": 1}),
+                    "\x00\xff"):
+        good.write_text(damaged)
+        fails("not a results file")
+    good.write_text(text)
+    arrays.write_bytes(content[:-40])
+    fails("not a results file")
+    np.savez(arrays, train_forward=np.array([object()]))  # loads only with pickle
+    fails("not a results file")
+    arrays.unlink()
+    fails("reversal.npz", "No such file")
+
+
+def test_nan_stops_the_run_and_leaves_earlier_results(tmp_path, capsys):
+    assert run_in(tmp_path, "reversal", *TINY) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert run_in(tmp_path, "reversal", *TINY, "--lr", "1e30", "--seed", "5") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "epoch 1," in error and "seed 5, 6" in error
+    assert "--lr" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_one_broken_seed_is_named(tmp_path, capsys, monkeypatch):
+    run = Trainer.run
+
+    def poisoned(trainer, watch):
+        def poison():
+            if trainer.steps == 2 * trainer.steps_per_epoch:  # after epoch 2
+                trainer.params["lm_head.weight"].data[1, 0, 0] = math.inf
+            watch()
+        run(trainer, poison)
+
+    monkeypatch.setattr(Trainer, "run", poisoned)
+    assert run_in(tmp_path, "reversal", *TINY, "--seeds", "3", "--quiet") == 1
+    assert "since epoch 3, seed 1:" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def step(self):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert run_in(tmp_path, "reversal", "--preset", "paper", "--layers", "1", "--dim", "768",
+                  "--seeds", "1", "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    size = 2 * 802 * 768 + 2 * 768 + 12 * 768**2 + 13 * 768 + 2 * 768  # wte, head, wpe, block, ln_f
+    assert f"{16 * size / 1e9:.2g} GB" in error and error.count("\n") == 1
+    for flag in ("--seeds 1", "--batch-size 64", "--layers 1", "--dim 768"):
+        assert flag in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_appear_whole_and_together_or_not_at_all(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        revcurse.write_files({one: lambda file: file.write(b"new"), two: fail})
+    assert one.read_text() == "old" and list(tmp_path.iterdir()) == [one]
+    revcurse.write_files({one: lambda file: file.write(b"new")})
+    assert one.read_text() == "new"
+
+
+# ------------------------------------------------------------------------------------- Going on
+
+LONG = ["reversal", *TINY, "--epochs", "60", "--dropout", "0.1", "--quiet"]
+
+
+SLOW = """
+import sys, time, revcurse
+revcurse.CHECKPOINT_SECONDS = 0
+step = revcurse.Trainer.step
+revcurse.Trainer.step = lambda self: (step(self), time.sleep(0.05))
+sys.exit(revcurse.main(sys.argv[1:]))
+"""
+
+
+def slow_process(folder, *more):
+    """The command in a process of its own: steps take longer, and checkpoints come often."""
+    return subprocess.Popen([sys.executable, "-c", SLOW, *LONG, "--out", str(folder), *more],
+                            cwd=HERE, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+
+
+def numbers(folder):
+    results = json.loads((folder / "reversal.json").read_text())
+    with np.load(folder / "reversal.npz") as matrices:
+        arrays = {name: matrix.tolist() for name, matrix in matrices.items()}
+    return {name: results[name] for name in ("summary", "weights", "curves", "counts")}, arrays
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_killed_interrupted_and_resumed_is_the_same_as_uninterrupted(tmp_path, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_in(whole, *LONG) == 0
+    checkpoint = broken / "reversal.pt"
+    for how, more in [(signal.SIGKILL, ()), (signal.SIGINT, ["--resume"])]:
+        running = slow_process(broken, *more)
+        began = checkpoint.stat().st_mtime_ns if more else 0
+        for _ in range(600):
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns > began:
+                break
+            time.sleep(0.05)
+        time.sleep(0.3)
+        running.send_signal(how)
+        error = running.communicate(timeout=60)[1]
+        assert running.returncode == (-9 if how == signal.SIGKILL else 130)
+        assert checkpoint.exists() and not (broken / "reversal.json").exists()
+        if how == signal.SIGINT:
+            assert error.count("\n") == 1 and "--resume" in error and str(checkpoint) in error
+    saved = torch.load(checkpoint, weights_only=True)
+    assert 0 < saved["trainer"]["counts"][0] < 60 * 3
+    assert run_in(broken, *LONG, "--resume") == 0
+    assert "going on after epoch" in capsys.readouterr().out
+    assert numbers(broken) == numbers(whole)
+    assert not checkpoint.exists() and len(list(broken.iterdir())) == 4
+
+
+def test_bad_checkpoints(tmp_path, capsys):
+    checkpoint = tmp_path / "reversal.pt"
+    config = {**vars(revcurse.parse(LONG)), "complete": 4, "held_out": 2, "device": "cpu"}
+    config = {name: config[name] for name in config if name not in ("run", "command", "out")}
+    torch.save({"config": {**config, "lr": 0.5}}, checkpoint)
+    content = checkpoint.read_bytes()
+    for damaged, words in [(content, ["--lr 0.01", "0.5"]), (content[:-100], ["not a checkpoint"]),
+                           (b"", ["not a checkpoint"]), (b"text", ["not a checkpoint"])]:
+        checkpoint.write_bytes(damaged)
+        assert run_in(tmp_path, *LONG, "--device", "cpu", "--resume") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert all(word in error for word in (*words, str(checkpoint), "--resume"))
+        assert checkpoint.read_bytes() == damaged and len(list(tmp_path.iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------------------- CUDA
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+@cuda
+def test_cuda_agrees_with_the_cpu():
+    trainers = [tiny_trainer(0, 1, epochs=4, device=device)[0] for device in ("cpu", "cuda")]
+    for trainer in trainers:
+        trainer.run()
+    torch.testing.assert_close(trainers[0].curves, trainers[1].curves.cpu(), atol=1e-2, rtol=1e-2)
+
+
+@cuda
+def test_cuda_steps_never_wait_for_the_device():
+    trainer, _ = tiny_trainer(0, 1, dropout=0.1, device="cuda")
+    trainer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(7):  # over the end of an epoch
+            trainer.step()
+        trainer.evaluate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+def test_cuda_command_and_resume(tmp_path, capsys):
+    assert run_in(tmp_path, "reversal", *TINY, "--dropout", "0.1") == 0
+    assert f"device: cuda ({torch.cuda.get_device_name()})" in capsys.readouterr().out
+    whole, half, rest = (tiny_trainer(0, 1, epochs=4, dropout=0.1, device="cuda")[0]
+                         for _ in range(3))
+    whole.run()
+    half.evaluate()
+    for _ in range(5):
+        half.step()
+        if half.steps % half.steps_per_epoch == 0:
+            half.evaluate()
+    rest.load_state_dict(half.state_dict())
+    rest.run()
+    assert torch.equal(whole.curves, rest.curves)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", "-W", "error", "-p", "no:cacheprovider", *sys.argv[1:], __file__]))
