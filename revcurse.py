@@ -493,8 +493,8 @@ def draw_curves(results):
         axes.plot(curves["epoch"], seeds.mean(0), color=colour, linewidth=2, label=label)
     for (name, value), style in zip(results["chance"].items(), ("--", ":"), strict=True):
         axes.axhline(value, color=GREY, linestyle=style, label=f"chance, {name}: {value:.2f}")
-    axes.set(xlabel="epoch", ylabel="NLL of the right entity (nats)", xlim=(0, None),
-             ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="NLL of the right entity (nats)", ylim=(0, None))
+    axes.margins(x=0)
     axes.set_title(f"Reversal task, V = {config['vocab']}, {config['layers']} layers, dim "
                    f"{config['dim']}: mean of {len(seeds)} seeds, band from lowest to highest",
                    fontsize=10)
@@ -520,6 +520,8 @@ def draw_weights(results, matrices):
                        fontsize=10)
         axes.set(xlabel="answer of pair j", ylabel="question of pair i")
     figure.colorbar(image, ax=grid, shrink=0.6, label="logit of answer j after question i")
+    figure.suptitle(f"Logits of the first seed; means over {results['config']['seeds']} seeds",
+                    fontsize=11)
     return figure
 
 
@@ -642,8 +644,9 @@ class Watch:
         if self.config["quiet"] or not (self.in_place or tenth):
             return
         train, validation = trainer.curves[:, trainer.evaluations - 1].mean(1).tolist()
-        speed = trainer.steps / trainer.steps_per_epoch / self.seconds()  # epochs a second
-        left = trainer.epochs / speed - self.seconds()
+        seconds = self.seconds()
+        speed = trainer.steps / trainer.steps_per_epoch / seconds  # epochs a second
+        left = trainer.epochs / speed - seconds
         line = (f"epoch {trainer.steps // trainer.steps_per_epoch}/{trainer.epochs}  NLL: train "
                 f"{train:.4f}, validation {validation:.3f}  {len(broken) * speed:.3g} "
                 f"seed-epochs/s  {left:.0f} s left")
