@@ -51,7 +51,7 @@ class Dataset(NamedTuple):
     train: torch.Tensor  # (sentences, T + 1)
     validation: torch.Tensor  # (sentences, T + 1), none of them in train
     answer_length: int  # K: the loss and the metrics look at a sentence's last K tokens
-    alphabets: torch.Tensor  # (2, vocab // 4): the token ids that A and B are spelled with
+    alphabets: torch.Tensor  # (2, letters): the token ids that A and B are spelled with
     groups: dict[str, torch.Tensor]  # sentences by role, one heat map for each
     names: list[str]  # how to print each token id
 
@@ -68,33 +68,33 @@ def draw_entities(alphabet, length, count, generator):
     return alphabet[letters[torch.randperm(len(letters), generator=generator)[:count]]]
 
 
-def reversal_data(vocab, entity_length=1, complete=None, held_out=None, generator=None):
+def reversal_data(vocab_size, entity_length=1, complete=None, held_out=None, generator=None):
     """The reversal task (Section 5): a Dataset of sentences "A -> B" and "B <- A".
 
     Both directions of each complete pair are trained. Of each held-out pair one direction, chosen
-    by a coin, is trained ("seen") and the other validates ("unseen"): who has understood the two
-    arrows from the complete pairs can answer it. By default, as in the paper, there are
-    min((vocab // 4)**K, 2 * (vocab // 4)) pairs, 70 % of them complete; from K = 3 on no more than
-    100 complete and 50 held out, so that the training set can be learned.
+    by a coin, is trained ("seen") and the other is asked ("unseen"): a model that learned from the
+    complete pairs how the arrows belong together would answer. By default, as in the paper, there
+    are min((vocab_size // 4)**K, 2 * (vocab_size // 4)) pairs, 70 % of them complete; from K = 3 on
+    no more than 100 complete and 50 held out, so that the training set can be learned.
 
-    vocab counts entity tokens; a model needs vocab + 2 ids. A and B are spelled with vocab // 4
-    tokens each, disjoint. Raises ValueError if the vocabulary cannot hold the pairs.
+    vocab_size counts entity tokens; a model needs two ids more. A and B are spelled with
+    vocab_size // 4 tokens each, disjoint. Raises ValueError if these cannot spell the pairs.
     """
-    letters = vocab // 4
+    letters = vocab_size // 4
     pairs = min(letters**entity_length, 2 * letters)
     most = (pairs, pairs) if entity_length < 3 else (100, 50)
     complete = min(round(0.7 * pairs), most[0]) if complete is None else complete
     held_out = min(pairs - round(0.7 * pairs), most[1]) if held_out is None else held_out
     pairs = complete + held_out
     if min(complete, held_out) < 1:
-        raise ValueError(f"vocab {vocab}: too small for a complete and a held-out pair; "
-                         "8 tokens or more are needed")
+        raise ValueError(f"vocab {vocab_size}: gives {complete} complete and {held_out} held-out "
+                         "pairs; one of each is needed, so 8 tokens or more")
     if pairs > letters**entity_length:
         raise ValueError(f"complete {complete}: with --held-out {held_out} that is {pairs} pairs, "
-                         f"but the {letters} tokens of an alphabet (a quarter of --vocab {vocab}) "
+                         f"but the {letters} tokens of an alphabet (--vocab {vocab_size} // 4) "
                          f"spell only {letters**entity_length} entities of length {entity_length}")
 
-    alphabets = 2 + torch.randperm(vocab, generator=generator)[: 2 * letters].view(2, letters)
+    alphabets = 2 + torch.randperm(vocab_size, generator=generator)[: 2 * letters].view(2, letters)
     a, b = (draw_entities(alphabet, entity_length, pairs, generator) for alphabet in alphabets)
     forward = torch.cat([a, torch.full((pairs, 1), FORWARD), b], dim=1)  # (pairs, K + 1 + K)
     backward = torch.cat([b, torch.full((pairs, 1), BACKWARD), a], dim=1)
@@ -104,7 +104,7 @@ def reversal_data(vocab, entity_length=1, complete=None, held_out=None, generato
               "validation_unseen": torch.where(coin, backward[complete:], forward[complete:])}
     *train, validation = groups.values()
 
-    names = ["->", "<-"] + [f"#{token}" for token in range(2, vocab + 2)]  # "#": in no pair
+    names = ["->", "<-"] + [f"#{token}" for token in range(2, vocab_size + 2)]  # "#": in no pair
     for letter, alphabet, entities in zip("AB", alphabets, (a, b), strict=True):
         for i, token in enumerate((entities if entity_length == 1 else alphabet).flatten()):
             names[token] = f"{letter if entity_length == 1 else letter.lower()}{i}"
@@ -271,7 +271,7 @@ class Trainer:
     stacked over the seeds. loss: "entity" (the last K tokens) or "sequence" (all but the first).
 
     `curves` (2, points, S) holds the NLL of the entity's first token, on the training and on the
-    validation sentences, after each of the epochs in `points` (every one, or about 100).
+    validation sentences, after each of the epochs in `points` (all, or about 100 of them).
     """
 
     EVALUATE = 200  # sentences of a seed at once: more would leave the processor's cache
@@ -291,7 +291,7 @@ class Trainer:
         self.curves = torch.zeros(2, len(self.points), len(models), device=device)
         self.broken = torch.full((len(models),), math.inf, device=device)  # epoch of the first NaN
         self.steps = self.evaluations = 0
-        self.order = None  # this epoch's shuffled sentence numbers (S, train_count)
+        self.order = torch.zeros(len(models), self.train_count, dtype=torch.long)  # of this epoch
         self.noise_generators = [torch.Generator(device).manual_seed(
             int(torch.randint(2**62, (), generator=g))) for g in generators]
         self.predict(self.sentences[:, :1, :-1], self.P)  # tells each Dropout its shape
@@ -809,10 +809,10 @@ def make_model(config, data, generator=None):
 
 
 def memory(config, data):
-    """(parameters, GB) of one seed: weight, gradient and two moments are 16 bytes a parameter."""
+    """(parameters, text: memory) of a seed; weight, gradient and two moments are 16 bytes each."""
     with torch.device("meta"):  # all that the model checks, and none of its memory
         size = sum(weight.numel() for weight in make_model(config, data).parameters())
-    return size, 16 * size / 1e9
+    return size, f"{16 * size / 1e6:,.0f} MB"
 
 
 def prepare(args):
@@ -823,7 +823,7 @@ def prepare(args):
     try:
         datasets = [reversal_data(args.vocab, args.entity_length, args.complete, args.held_out, g)
                     for g in generators]
-        size, gigabytes = memory(config, datasets[0])
+        size, needed = memory(config, datasets[0])
     except ValueError as error:  # it begins with the parameter, which is named as the flag
         raise Problem(f"--{error}") from None
     config["complete"] = len(datasets[0].groups["train_forward"])
@@ -832,10 +832,10 @@ def prepare(args):
     check_directory(args.out)
     config["out"] = str(args.out)
     print(f"device: {config['device']} ({why})")
-    print(textwrap.fill(", ".join(flag(config, name)[2:] for name in config), 100,
-                        break_on_hyphens=False))
+    print(textwrap.fill(", ".join(flag(config, name)[2:] for name in config),
+                        shutil.get_terminal_size((100, 24)).columns, break_on_hyphens=False))
     print(f"{len(datasets[0].train)} training and {len(datasets[0].validation)} validation "
-          f"sentences; {size:,} parameters a seed, {gigabytes:.2g} GB to train them")
+          f"sentences; {size:,} parameters a seed, which take {needed} to train")
     return config, datasets, generators
 
 
@@ -863,7 +863,7 @@ def train_all(config, datasets, generators, path):
             raise
         reducing = (flag(config, name) for name in ("seeds", "batch_size", "layers", "dim"))
         raise Problem(f"out of memory on {config['device']}: a seed takes "
-                      f"{memory(config, datasets[0])[1]:.2g} GB, and its activations on top; "
+                      f"{memory(config, datasets[0])[1]}, and its activations on top; "
                       f"lower {', '.join(reducing)}", 1) from None
     return trainer, watch
 
