@@ -20,6 +20,7 @@ predicts, D dim, H heads, V ids of the vocabulary, K tokens of an entity. NLL is
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,8 +119,8 @@ def reversal_data(vocab_size, entity_length=1, complete=None, held_out=None, gen
 class Dropout(nn.Module):
     """While training, zero a share p of the entries and scale the others up by 1 / (1 - p).
 
-    The training loop puts uniform numbers of x's shape into `noise`, so that a seed's masks do not
-    depend on the seeds beside it; without them (in a notebook) torch's global ones are drawn.
+    An entry is zeroed where uniform noise is below p. In a notebook the noise comes from torch's
+    global generator. Trainer.draw_noise hands it in instead, to keep the seeds apart.
     """
 
     def __init__(self, p):
@@ -127,7 +129,7 @@ class Dropout(nn.Module):
         self.register_buffer("noise", torch.empty(0), persistent=False)
 
     def forward(self, x):
-        self.shape = x.shape[1:]  # of one sentence, for the training loop
+        self.shape = x.shape[1:]  # of one sentence's noise, for Trainer.draw_noise
         if not self.training or self.p == 0:
             return x
         noise = self.noise if self.noise.numel() else torch.rand_like(x)
@@ -205,16 +207,19 @@ class GPT(nn.Module):
     position: "none", "absolute" (learned, as GPT-2's) or "relative" (rotary). The output matrix is
     a weight of its own, as in the authors' code, unless tie_embeddings. Parameters are named as in
     the published GPT-2; its linear weights, but for lm_head, are stored transposed. Raises
-    ValueError if dim cannot be divided among the heads, or for more than block_size tokens.
+    ValueError if dim cannot be divided among the heads, and for more than block_size tokens.
     """
 
     def __init__(self, vocab_size, block_size, layers, heads, dim, position="absolute",
                  dropout=0.0, tie_embeddings=False, generator=None):
         super().__init__()
-        rotary = {"none": False, "absolute": False, "relative": True}[position]
-        if dim % (heads * (1 + rotary)):
-            raise ValueError(f"dim {dim}: must be a multiple of {'2 x ' * rotary}--heads {heads}"
-                             f"{', as --position relative turns pairs' * rotary}")
+        if position not in ("none", "absolute", "relative"):
+            raise ValueError(f"position {position}: must be none, absolute or relative")
+        rotary = position == "relative"
+        unit = 2 * heads if rotary else heads  # rotary positions turn pairs of entries
+        if dim % unit:
+            raise ValueError(f"dim {dim}: must be a multiple of {unit}, for {heads} heads"
+                             + " with relative positions" * rotary)
         self.block_size = block_size
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(vocab_size, dim),
@@ -289,12 +294,12 @@ class Trainer:
         self.steps_per_epoch = math.ceil(self.train_count / batch_size)
         self.points = np.linspace(0, epochs, min(epochs, 100) + 1).round().astype(int).tolist()
         self.curves = torch.zeros(2, len(self.points), len(models), device=device)
-        self.broken = torch.full((len(models),), math.inf, device=device)  # epoch of the first NaN
+        self.bad_epoch = torch.full((len(models),), math.inf, device=device)  # of the first NaN
         self.steps = self.evaluations = 0
         self.order = torch.zeros(len(models), self.train_count, dtype=torch.long)  # of this epoch
         self.noise_generators = [torch.Generator(device).manual_seed(
             int(torch.randint(2**62, (), generator=g))) for g in generators]
-        self.predict(self.sentences[:, :1, :-1], self.P)  # tells each Dropout its shape
+        self.predict(self.sentences[:, :1, :-1], self.P)  # tells each Dropout its noise's shape
         self.noise_shapes = {f"{name}.noise": module.shape for name, module in
                              self.model.named_modules() if isinstance(module, Dropout) and module.p}
 
@@ -310,7 +315,11 @@ class Trainer:
         return nll(self.logits(sentences[..., :-1], last, noise), sentences[..., -last:])
 
     def draw_noise(self, rows):
-        """Uniform numbers for every Dropout, from each seed's generator: {name: (S, rows, ...)}."""
+        """Noise for every Dropout, each seed's from its own generator: {name: (S, rows, ...)}.
+
+        Within vmap there is one generator for all seeds, and what a seed got would depend on how
+        many train beside it. So the noise is drawn here and goes in with the weights, as buffers.
+        """
         sizes = [rows * shape.numel() for shape in self.noise_shapes.values()]
         uniform = torch.stack([torch.rand(sum(sizes), generator=g, device=g.device)
                                for g in self.noise_generators])
@@ -334,13 +343,13 @@ class Trainer:
         loss.sum().backward()  # no seed's loss has a gradient for another seed's weights
         self.optimizer.step()
         self.steps += 1
-        self.note_broken(loss)
+        self.note_bad(loss)
 
-    def note_broken(self, values):
+    def note_bad(self, values):
         """Keep, on the device, the first epoch in which a seed's value (S,) was not finite."""
         epoch = math.ceil(self.steps / self.steps_per_epoch)
         now = torch.where(values.isfinite(), math.inf, float(epoch))
-        self.broken = self.broken.minimum(now)
+        self.bad_epoch = self.bad_epoch.minimum(now)
 
     @torch.no_grad()
     def in_parts(self, function, tokens):
@@ -351,7 +360,7 @@ class Trainer:
         return torch.cat(parts, dim=1)
 
     def predict(self, tokens, last):
-        """Like logits, for measuring."""
+        """Like logits, in evaluation mode."""
         return self.in_parts(lambda part: self.logits(part, last), tokens)
 
     def evaluate(self):
@@ -360,7 +369,7 @@ class Trainer:
         losses = losses.clamp(max=NLL_CEILING)  # (S, sentences)
         parts = losses[:, :self.train_count], losses[:, self.train_count:]
         self.curves[:, self.evaluations] = torch.stack([part.mean(1) for part in parts])
-        self.note_broken(losses.sum(1))
+        self.note_bad(losses.sum(1))
         self.evaluations += 1
 
     def run(self, watch=lambda: None):
@@ -415,21 +424,25 @@ def measure(trainer, datasets):
     NLL, accuracy (no token of the vocabulary is likelier) and rank are of the entity's first token;
     word_nll, for longer ones, sums over its tokens, each given those before. std is over the seeds.
     """
-    metrics = {}
-    logits = trainer.predict(trainer.sentences[..., :-1], trainer.K)  # (S, sentences, K, V)
-    for s, data in enumerate(datasets):
-        for part, rows in [("train", slice(trainer.train_count)),
-                           ("validation", slice(trainer.train_count, None))]:
-            ours, targets = logits[s, rows].cpu(), trainer.sentences[s, rows, -trainer.K:].cpu()
-            losses = nll(ours, targets).clamp(max=NLL_CEILING)  # (B, K)
-            values = {"nll": losses[:, 0], "accuracy": ours[:, 0].argmax(-1) == targets[:, 0],
-                      "rank": rank(ours[:, 0], targets[:, 0], data.alphabets)}
-            if trainer.K > 1:
-                values["word_nll"] = losses.sum(1)
-            for name, value in values.items():
-                metrics.setdefault(f"{part}_{name}", []).append(value.double().mean().item())
-    return {name: {"mean": float(np.mean(values)), "std": float(np.std(values)),
-                   "per_seed": values} for name, values in metrics.items()}
+    K = trainer.K
+    alphabets = [data.alphabets.to(trainer.curves.device) for data in datasets]
+
+    def values(sentences):  # (S, B, T + 1) to (S, B, 4), the order that of the names below
+        logits, targets = trainer.logits(sentences[..., :-1], K), sentences[..., -K:]
+        losses = nll(logits, targets).clamp(max=NLL_CEILING)  # (S, B, K)
+        first, target = logits[:, :, 0], targets[..., 0]  # (S, B, V), (S, B)
+        ranks = torch.stack([rank(*seed) for seed in zip(first, target, alphabets, strict=True)])
+        return torch.stack([losses[..., 0], first.argmax(-1) == target, ranks, losses.sum(-1)], -1)
+
+    found = trainer.in_parts(values, trainer.sentences).cpu().double()
+    summary = {}
+    for part, rows in [("train", found[:, :trainer.train_count]),
+                       ("validation", found[:, trainer.train_count:])]:
+        for i, name in enumerate(["nll", "accuracy", "rank"] + ["word_nll"] * (K > 1)):
+            seeds = rows[..., i].mean(1)
+            summary[f"{part}_{name}"] = {"mean": seeds.mean().item(), "std": seeds.std(
+                correction=0).item(), "per_seed": seeds.tolist()}
+    return summary
 
 
 def logit_matrices(trainer, datasets):
@@ -438,10 +451,11 @@ def logit_matrices(trainer, datasets):
     matrices = {}
     for group in datasets[0].groups:
         sentences = torch.stack([data.groups[group] for data in datasets])  # (S, n, T + 1)
-        questions = sentences[..., :trainer.K].to(trainer.curves.device)
-        logits = trainer.predict(questions, 1)[:, :, 0].cpu()  # (S, n, V)
+        sentences = sentences.to(trainer.curves.device)
         answers = sentences[:, None, :, -trainer.K]  # (S, 1, n)
-        matrices[group] = logits.take_along_dim(answers, dim=2)
+        matrices[group] = trainer.in_parts(
+            lambda questions, answers=answers: trainer.logits(questions, 1)[:, :, 0]
+            .take_along_dim(answers, dim=2), sentences[..., :trainer.K]).cpu()
     return matrices
 
 
@@ -455,23 +469,23 @@ def diagonal_means(matrices):
     return means
 
 
-def examples(trainer, data, pairs=3):
+def examples(trainer, datasets, pairs=3):
     """For a person: what the first seed was trained on, is asked, and answers (first tokens)."""
-    K, lines = trainer.K, []
-    for seen, unseen in zip(data.groups["validation_seen"][:pairs], data.validation, strict=False):
-        for sentence in (seen, unseen):
-            prompt = sentence[:-K].to(trainer.curves.device).expand(len(trainer.broken), 1, -1)
-            logits = trainer.predict(prompt, 1)[0, 0].cpu()  # (1, V)
-            target, p = sentence[-K:][:1], logits[0].softmax(0)
-            words = [data.names[token] for token in sentence]
-            if sentence is seen:
-                lines.append(f"  trained: {' '.join(words)}")
-            best = p.topk(1 if sentence is seen else 3).indices
-            answers = ", ".join(f"{data.names[token]} (p {p[token]:.2g})" for token in best)
+    K, data, lines = trainer.K, datasets[0], []
+    for i in range(min(pairs, len(data.validation))):
+        for group, shown in [("validation_seen", 1), ("validation_unseen", 3)]:
+            sentences = torch.stack([data.groups[group][[i]] for data in datasets])  # (S, 1, T + 1)
+            logits = trainer.predict(sentences[..., :-K].to(trainer.curves.device), 1)[0, 0].cpu()
+            words = [data.names[token] for token in sentences[0, 0]]
+            target, p = sentences[0, 0, -K], logits[0].softmax(0)
+            best = p.topk(shown).indices
             grade = "right" if best[0] == target else (
-                f"wrong; {words[-K]} has p {p[target].item():.1g}, "
-                f"rank {rank(logits, target, data.alphabets).item()} of {data.alphabets.shape[1]}")
-            lines.append(f"    {' '.join(words[:-K])} ?  {answers}: {grade}")
+                f"wrong; {words[-K]} has p {p[target].item():.1g}, rank "
+                f"{rank(logits, target[None], data.alphabets).item()} of {data.alphabets.shape[1]}")
+            if group == "validation_seen":
+                lines.append(f"  trained: {' '.join(words)}")
+            answer = ", ".join(f"{data.names[token]} (p {p[token]:.2g})" for token in best)
+            lines.append(f"    {' '.join(words[:-K])} ?  {answer}: {grade}")
     return lines
 
 
@@ -495,9 +509,9 @@ def draw_curves(results):
         axes.axhline(value, color=GREY, linestyle=style, label=f"chance, {name}: {value:.2f}")
     axes.set(xlabel="epoch", ylabel="NLL of the right entity (nats)", ylim=(0, None))
     axes.margins(x=0)
+    many = f": mean of {len(seeds)} seeds, band from lowest to highest" if len(seeds) > 1 else ""
     axes.set_title(f"Reversal task, V = {config['vocab']}, {config['layers']} layers, dim "
-                   f"{config['dim']}: mean of {len(seeds)} seeds, band from lowest to highest",
-                   fontsize=10)
+                   f"{config['dim']}{many}", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -519,8 +533,9 @@ def draw_weights(results, matrices):
         axes.set_title(f"{title}\nmean logit {means['diagonal']:.1f} on the diagonal{off}",
                        fontsize=10)
         axes.set(xlabel="answer of pair j", ylabel="question of pair i")
+        axes.locator_params(nbins=6, integer=True)
     figure.colorbar(image, ax=grid, shrink=0.6, label="logit of answer j after question i")
-    figure.suptitle(f"Logits of the first seed; means over {results['config']['seeds']} seeds",
+    figure.suptitle(f"Heat maps: one seed. Means: all of {results['config']['seeds']}",
                     fontsize=11)
     return figure
 
@@ -532,12 +547,8 @@ LOOK_SECONDS = 0.5  # between two looks at the device, which wait for it
 
 
 class Problem(Exception):
-    """What the user is told in one line. Exit status 2: bad input, found before any work; 1: the
-    run failed; 130: interrupted."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
+    """(What to tell the user in one line, exit status): 2, the default, for bad input, found before
+    any work; 1 for a failed run; 130 for an interrupted one."""
 
 
 def flag(config, name):
@@ -548,8 +559,8 @@ def flag(config, name):
 
 
 def write_files(writers):
-    """Write {path: function of the open file}. The files appear whole, and all of them or none."""
-    temporary = {path: path.with_name(f".{path.name}.tmp") for path in writers}
+    """Write {path: function of the open file}. All are written before the first appears, whole."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
     try:
         for path, write in writers.items():
             with open(temporary[path], "wb") as file:
@@ -561,48 +572,51 @@ def write_files(writers):
             written.unlink(missing_ok=True)
 
 
-def write_pictures(stem, results, matrices, more=()):
-    """Draw results as stem.png and stem_weights.png; write these and {path: function} `more`.
-    Returns what to tell the user."""
+def draw(stem, results, matrices):
+    """All pictures of a run: {path: function that writes the open file}."""
     figures = {"": draw_curves(results), "_weights": draw_weights(results, matrices)}
-    writers = {stem.with_name(f"{stem.name}{suffix}.png"):
-               lambda file, figure=figure: figure.savefig(file, format="png", dpi=150)
-               for suffix, figure in figures.items()} | dict(more)
-    write_files(writers)
-    return f"wrote {', '.join(map(str, writers))}"
+    return {stem.with_name(f"{stem.name}{suffix}.png"):
+            functools.partial(figure.savefig, format="png", dpi=150)
+            for suffix, figure in figures.items()}
 
 
 def read_checkpoint(path, config):
-    """The checkpoint of a run with this configuration, or None if there is no checkpoint."""
-    if not path.exists():
-        print(f"--resume: there is no checkpoint {path}; starting from the beginning")
+    """The checkpoint of a run with this configuration; None without --resume or a checkpoint."""
+    if not config["resume"] or not path.exists():
+        if path.exists():
+            print(f"{path} is of an unfinished run; with the same flags --resume would go on")
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = saved["config"]
-    except Exception:  # whatever a damaged file leads torch.load into
+        if zipfile.ZipFile(path).testzip():  # torch.load would not notice a flipped bit
+            raise ValueError("damaged")
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
+        theirs, _, _ = dict(saved["config"]), saved["trainer"], 0.0 + saved["seconds"]
+    except Exception:  # whatever a damaged file leads to
         raise Problem(f"--resume: {path} is not a checkpoint that can be read; delete it to start "
                       "from the beginning") from None
     for name, value in config.items():
         if name not in ("resume", "quiet", "out") and theirs.get(name) != value:
-            raise Problem(f"{flag(config, name)}: the checkpoint {path} belongs to a run with "
-                          f"{theirs.get(name)}; give that, or go without --resume")
+            raise Problem(f"{flag(config, name)}: the checkpoint {path} is of a run with "
+                          f"{flag(theirs, name)}; go on with that, or without --resume")
     return saved
 
 
 class Watch:
     """What goes on around training: progress line, checkpoints, Ctrl-C, an end to NaN.
 
-    Call it after each step, within `with`: there the first Ctrl-C waits for the step to end, saves
-    and stops. `seconds` have been spent before, by the run that this one continues.
+    Call it after each step, within `with`. There the first Ctrl-C waits for the step to end, saves
+    and stops, or, once the training is over, lets the results be written; the second stops at once.
+    `saved` is the checkpoint from which the trainer went on, if any.
     """
 
-    def __init__(self, trainer, path, config, seconds=0.0):
+    def __init__(self, trainer, path, config, saved):
         self.trainer, self.path, self.config = trainer, path, config
         now = time.monotonic()
-        self.started, self.next_look, self.next_save = now - seconds, now, now + CHECKPOINT_SECONDS
-        self.tenths, self.interrupted, self.in_place = 0, False, sys.stdout.isatty()
-        self.owns_checkpoint = config["resume"] and path.exists()
+        self.started = now - (saved["seconds"] if saved else 0)
+        self.next_look, self.next_save = now, now + CHECKPOINT_SECONDS
+        self.tenth = max(1, trainer.epochs * trainer.steps_per_epoch // 10)  # of all steps
+        self.interrupted, self.in_place = False, sys.stdout.isatty()
+        self.owns_checkpoint = saved is not None
 
     def seconds(self):
         """Training time, that of the runs which this one continues included."""
@@ -611,22 +625,21 @@ class Watch:
     def __enter__(self):
         def interrupt(*_):
             self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
         self.handler = signal.signal(signal.SIGINT, interrupt)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         signal.signal(signal.SIGINT, self.handler)
-        if self.in_place and not self.config["quiet"]:
+        if error and self.in_place:
             print()
 
     def __call__(self):
-        now = time.monotonic()
-        tenths = 10 * (self.trainer.evaluations - 1) // (len(self.trainer.points) - 1)
-        if now >= self.next_look or tenths > self.tenths:
-            self.look(tenths > self.tenths)
-            self.tenths, self.next_look = tenths, now + LOOK_SECONDS
+        now, tenth = time.monotonic(), self.trainer.steps % self.tenth == 0
+        if tenth or now >= self.next_look:
+            self.look(tenth)
+            self.next_look = now + LOOK_SECONDS
         if now >= self.next_save or self.interrupted:
             self.save()
         if self.interrupted:
@@ -635,7 +648,7 @@ class Watch:
 
     def look(self, tenth=False):
         """Read the numbers from the device: stop at NaN, print the progress line."""
-        trainer, broken = self.trainer, self.trainer.broken.tolist()
+        trainer, broken = self.trainer, self.trainer.bad_epoch.tolist()
         if min(broken) < math.inf:
             seeds = [str(self.config["seed"] + s) for s, epoch in enumerate(broken)
                      if epoch < math.inf]
@@ -661,6 +674,8 @@ class Watch:
         began = time.monotonic()
         content = {"config": self.config, "seconds": self.seconds(),
                    "trainer": self.trainer.state_dict()}
+        if self.path.exists() and not self.owns_checkpoint:  # another run's: keep it
+            os.replace(self.path, self.path.with_suffix(".old.pt"))
         try:
             write_files({self.path: lambda file: torch.save(content, file)})
         except (OSError, RuntimeError) as error:
@@ -681,7 +696,7 @@ def number(kind, allowed, rule):
         except ValueError:
             value = math.nan  # keeps no rule
         if not rule(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
         return value
 
     return parse
@@ -797,22 +812,22 @@ def check_directory(path):
                       f"({error.strerror})") from None
 
 
-def make_model(config, data, generator=None):
-    """The GPT that the flags describe, for the sentences of this data set."""
-    model = GPT(len(data.names), data.train.shape[1] - 1, config["layers"], config["heads"],
-                config["dim"], config["position"], config["dropout"], config["tie_embeddings"],
-                generator)
+def make_model(config, generator=None):
+    """The GPT that the flags describe. Reads all tokens of a sentence but the last."""
+    model = GPT(config["vocab"] + 2, 2 * config["entity_length"], config["layers"],
+                config["heads"], config["dim"], config["position"], config["dropout"],
+                config["tie_embeddings"], generator)
     for name in ("wte", "wpe"):
         if config["freeze_embeddings"] and name in model.transformer:
             model.transformer[name].requires_grad_(False)
     return model
 
 
-def memory(config, data):
-    """(parameters, text: memory) of a seed; weight, gradient and two moments are 16 bytes each."""
+def size(config):
+    """In words: parameters of a seed, and the memory of their values, gradients and two moments."""
     with torch.device("meta"):  # all that the model checks, and none of its memory
-        size = sum(weight.numel() for weight in make_model(config, data).parameters())
-    return size, f"{16 * size / 1e6:,.0f} MB"
+        count = sum(weight.numel() for weight in make_model(config).parameters())
+    return f"{count:,} parameters and {16 * count / 1e6:,.0f} MB to train them"
 
 
 def prepare(args):
@@ -821,9 +836,9 @@ def prepare(args):
     config = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.seeds)]
     try:
+        needed = size(config)
         datasets = [reversal_data(args.vocab, args.entity_length, args.complete, args.held_out, g)
                     for g in generators]
-        size, needed = memory(config, datasets[0])
     except ValueError as error:  # it begins with the parameter, which is named as the flag
         raise Problem(f"--{error}") from None
     config["complete"] = len(datasets[0].groups["train_forward"])
@@ -835,68 +850,46 @@ def prepare(args):
     print(textwrap.fill(", ".join(flag(config, name)[2:] for name in config),
                         shutil.get_terminal_size((100, 24)).columns, break_on_hyphens=False))
     print(f"{len(datasets[0].train)} training and {len(datasets[0].validation)} validation "
-          f"sentences; {size:,} parameters a seed, which take {needed} to train")
+          f"sentences; for each seed {needed}")
     return config, datasets, generators
 
 
-def train_all(config, datasets, generators, path):
-    """Train all seeds, from the start or from the checkpoint at `path`: (trainer, watch)."""
-    saved = read_checkpoint(path, config) if config["resume"] else None
-    if path.exists() and not saved:
-        print(f"{path} is from an unfinished run; --resume would go on with it")
-    try:
-        trainer = Trainer(
-            [make_model(config, *pair) for pair in zip(datasets, generators, strict=True)],
-            datasets, generators, lambda params: torch.optim.AdamW(
-                params, lr=config["lr"], betas=config["betas"], fused=True,
-                weight_decay=config["weight_decay"]),
-            epochs=config["epochs"], batch_size=config["batch_size"], loss=config["loss"],
-            device=config["device"])
-        if saved:
-            trainer.load_state_dict(saved["trainer"])
-            print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
-        with Watch(trainer, path, config, saved["seconds"] if saved else 0.0) as watch:
-            trainer.run(watch)
-            watch.look()
-    except RuntimeError as error:  # of which CUDA's OutOfMemoryError is a kind
-        if "memory" not in str(error):
-            raise
-        reducing = (flag(config, name) for name in ("seeds", "batch_size", "layers", "dim"))
-        raise Problem(f"out of memory on {config['device']}: a seed takes "
-                      f"{memory(config, datasets[0])[1]}, and its activations on top; "
-                      f"lower {', '.join(reducing)}", 1) from None
-    return trainer, watch
+def make_trainer(config, datasets, generators, saved):
+    """The trainer that the flags describe, standing where the checkpoint (or None) was saved."""
+    trainer = Trainer(
+        [make_model(config, generator) for generator in generators], datasets, generators,
+        lambda params: torch.optim.AdamW(params, lr=config["lr"], betas=config["betas"],
+                                         weight_decay=config["weight_decay"], fused=True),
+        epochs=config["epochs"], batch_size=config["batch_size"], loss=config["loss"],
+        device=config["device"])
+    if saved:
+        trainer.load_state_dict(saved["trainer"])
+        print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
+    return trainer
 
 
 def report(results):
     """Print the table, and one sentence on whether the curse was seen."""
     summary, chance = results["summary"], results["chance"]["alphabet"]
     titles = "NLL", "accuracy", f"rank of {results['config']['vocab'] // 4}"
-    print("\n" + " " * 12 + "".join(f"{title:^20}" for title in titles))
+    print("\nmean (std)  " + "".join(f"{title:^20}" for title in titles))
     for part in ("train", "validation"):
         cells = [summary[f"{part}_{name}"] for name in ("nll", "accuracy", "rank")]
-        cells = ["{mean:.3f} ± {std:.3f}".format(**cell) for cell in cells]
+        cells = ["{mean:.3f} ({std:.3f})".format(**cell) for cell in cells]
         print(f"{part:12}" + "".join(f"{cell:^20}" for cell in cells))
     trained, unseen, loss = (summary[name]["mean"] for name in (
         "train_accuracy", "validation_accuracy", "validation_nll"))
-    cursed = "No reversal curse" if loss < chance else "The reversal curse"
-    print(f"\n{cursed if trained > 0.99 else 'Not learned yet'}: {trained:.1%} of the trained "
+    verdict = "The reversal curse" if unseen < 0.1 and loss > chance else "No clear curse"
+    print(f"\n{verdict if trained > 0.99 else 'Not learned yet'}: {trained:.1%} of the trained "
           f"sentences are answered right and {unseen:.1%} of their unseen reversals, with an NLL "
           f"of {loss:.2f} where guessing has {chance:.2f}.\n")
 
 
-def reversal_command(args):
-    """Figures 1 and 2: train "A -> B", ask "B <-". Some pairs are trained in both directions, of
-    the others one direction is trained and the other asked. Writes reversal.json, reversal.npz
-    (the first seed's heat maps), reversal.png and reversal_weights.png."""
-    config, datasets, generators = prepare(args)
-    stem = Path(config["out"]) / args.command
-    checkpoint = stem.with_suffix(".pt")
-    trainer, watch = train_all(config, datasets, generators, checkpoint)
-    matrices = logit_matrices(trainer, datasets)
+def collect(command, config, trainer, datasets, matrices, seconds):
+    """The content of the results file."""
     train_nll, validation_nll = trainer.curves.transpose(1, 2).tolist()  # (2, S, points)
-    results = {
-        "command": args.command,
+    return {
+        "command": command,
         "config": config,
         "environment": {"python": platform.python_version(), "torch": torch.__version__,
                         "numpy": np.__version__, "device": config["device"]},
@@ -907,18 +900,35 @@ def reversal_command(args):
         "weights": diagonal_means(matrices),
         "curves": {"epoch": trainer.points, "train_nll": train_nll,
                    "validation_nll": validation_nll},
-        "seconds": watch.seconds(),
+        "seconds": seconds,
     }
-    first = {group: matrix[0].numpy() for group, matrix in matrices.items()}
-    text = json.dumps(results, indent=1, allow_nan=False)
-    wrote = write_pictures(stem, results, first, {
-        stem.with_suffix(".json"): lambda file: file.write(text.encode()),
-        stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **first)})
-    if watch.owns_checkpoint:  # another run's is left alone
-        checkpoint.unlink(missing_ok=True)
-    print("\nHeld-out pairs of the first seed:", *examples(trainer, datasets[0]), sep="\n")
+
+
+def reversal_command(args):
+    """Figures 1 and 2: train "A -> B", ask "B <-". Some pairs are trained in both directions, of
+    the others one direction is trained and the other asked. Writes reversal.json, reversal.npz
+    (the first seed's heat maps), reversal.png and reversal_weights.png."""
+    config, datasets, generators = prepare(args)
+    stem = Path(config["out"]) / args.command
+    checkpoint = stem.with_suffix(".pt")
+    saved = read_checkpoint(checkpoint, config)
+    trainer = make_trainer(config, datasets, generators, saved)
+    with Watch(trainer, checkpoint, config, saved) as watch:
+        trainer.run(watch)
+        watch.look()
+        matrices = logit_matrices(trainer, datasets)
+        results = collect(args.command, config, trainer, datasets, matrices, watch.seconds())
+        first = {group: matrix[0].numpy() for group, matrix in matrices.items()}
+        text = json.dumps(results, indent=1, allow_nan=False)
+        files = {**draw(stem, results, first),
+                 stem.with_suffix(".json"): lambda file: file.write(text.encode()),
+                 stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **first)}
+        write_files(files)
+        if watch.owns_checkpoint:  # another run's is left alone
+            checkpoint.unlink(missing_ok=True)
+    print("\nHeld-out pairs of the first seed:", *examples(trainer, datasets), sep="\n")
     report(results)
-    print(wrote)
+    print("wrote", ", ".join(map(str, files)))
 
 
 def plot_command(args):
@@ -928,13 +938,14 @@ def plot_command(args):
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
             with open(path.with_suffix(".npz"), "rb") as file:
-                matrices = np.load(file, allow_pickle=False)
-                print(write_pictures(path.with_suffix(""), results, matrices))
+                pictures = draw(path.with_suffix(""), results, np.load(file, allow_pickle=False))
+            write_files(pictures)
         except Exception as error:  # a strange file can go wrong in every way
             if getattr(error, "strerror", None):
-                raise Problem(f"{error.filename}: {error.strerror}") from None
+                raise Problem(f"{error.filename or path}: {error.strerror}") from None
             raise Problem(f"{path}: not a results file of revcurse.py with its .npz, or damaged"
                           ) from None
+        print("wrote", ", ".join(map(str, pictures)))
 
 
 def parse(argv=None):
@@ -950,9 +961,16 @@ def main(argv=None):
         args.run(args)
         return 0
     except Problem as problem:
-        message, status = problem, problem.status
+        message, status, *_ = *problem.args, 2
     except OSError as error:  # a full disk, say
         message, status = error, 1
+    except RuntimeError as error:  # of which CUDA's OutOfMemoryError is a kind
+        if "memory" not in str(error):
+            raise
+        names = "seeds", "batch_size", "layers", "dim", "vocab", "entity_length"
+        message = (f"out of memory: each seed has {size(vars(args))}, and its activations on top; "
+                   f"lower {', '.join(flag(vars(args), name) for name in names)}")
+        status = 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     print(f"revcurse.py {args.command}: error: {message}", file=sys.stderr)

@@ -5,6 +5,7 @@
 """Tests of revcurse.py: `python test_revcurse.py`, or pytest. About a minute on two cores."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -408,13 +409,13 @@ def test_curves_have_the_promised_points():
 
 
 def test_frozen_embeddings_stay_and_tied_ones_are_trained_together():
-    config = {"vocab": 24, "layers": 1, "heads": 2, "dim": 16, "position": "absolute",
-              "dropout": 0.0, "tie_embeddings": False, "freeze_embeddings": True}
+    config = {"vocab": 24, "entity_length": 1, "layers": 1, "heads": 2, "dim": 16,
+              "position": "absolute", "dropout": 0.0}
     for tied in (False, True):
         config |= {"tie_embeddings": tied, "freeze_embeddings": not tied}
         g = generators(0)
         data = [reversal_data(24, generator=g[0])]
-        trainer = Trainer([revcurse.make_model(config, data[0], g[0])], data, g, adamw, epochs=2)
+        trainer = Trainer([revcurse.make_model(config, g[0])], data, g, adamw, epochs=2)
         before = {name: weight.detach().clone() for name, weight in trainer.params.items()}
         trainer.run()
         moved = {name for name, weight in trainer.params.items()
@@ -701,16 +702,52 @@ def test_bad_checkpoints(tmp_path, capsys):
     checkpoint = tmp_path / "reversal.pt"
     config = {**vars(revcurse.parse(LONG)), "complete": 4, "held_out": 2, "device": "cpu"}
     config = {name: config[name] for name in config if name not in ("run", "command", "out")}
-    torch.save({"config": {**config, "lr": 0.5}}, checkpoint)
-    content = checkpoint.read_bytes()
-    for damaged, words in [(content, ["--lr 0.01", "0.5"]), (content[:-100], ["not a checkpoint"]),
-                           (b"", ["not a checkpoint"]), (b"text", ["not a checkpoint"])]:
-        checkpoint.write_bytes(damaged)
+
+    def saved(content):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    whole = {"config": config, "seconds": 1.0, "trainer": {"weights": torch.arange(1000.0)}}
+    good = saved(whole)
+    flipped = bytearray(good)
+    flipped[good.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
+    unreadable = [bytes(flipped), good[:-100], b"", b"text", saved(torch.ones(2)), saved({}),
+                  saved({**whole, "config": [1]}), saved({**whole, "seconds": "a"}),
+                  saved({**whole, "config": Path("a pickled object")})]
+    other = [(saved({**whole, "config": {**config, "lr": 0.5}}), ["--lr 0.01", "--lr 0.5"])]
+    for content, words in [*((bad, ["not a checkpoint"]) for bad in unreadable), *other]:
+        checkpoint.write_bytes(content)
         assert run_in(tmp_path, *LONG, "--device", "cpu", "--resume") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert all(word in error for word in (*words, str(checkpoint), "--resume"))
-        assert checkpoint.read_bytes() == damaged and len(list(tmp_path.iterdir())) == 1
+        assert checkpoint.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_of_another_run_is_kept(tmp_path, capsys, monkeypatch):
+    checkpoint = tmp_path / "reversal.pt"
+    checkpoint.write_bytes(b"ten hours of work")
+    assert run_in(tmp_path, "reversal", *TINY) == 0  # too short to save one of its own
+    assert "unfinished run" in capsys.readouterr().out
+    assert checkpoint.read_bytes() == b"ten hours of work"
+    monkeypatch.setattr(revcurse, "CHECKPOINT_SECONDS", 0)
+    assert run_in(tmp_path, "reversal", *TINY) == 0
+    assert not checkpoint.exists()
+    assert (tmp_path / "reversal.old.pt").read_bytes() == b"ten hours of work"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="interrupts this process")
+def test_interrupted_while_writing_results_the_run_ends_well(tmp_path, monkeypatch):
+    draw = revcurse.draw
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(revcurse, "draw", interrupted)
+    assert run_in(tmp_path, "reversal", *TINY) == 0
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 # ------------------------------------------------------------------------------------------- CUDA

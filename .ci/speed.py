@@ -74,5 +74,6 @@ if __name__ == "__main__":
         print(f"{side.__name__:5}  median {statistics.median(found):5.1f} seed-epochs/s  "
               f"({min(found):.1f} to {max(found):.1f})")
     ratios = [b / a for a, b in zip(rates[plain], rates[ours], strict=True)]
-    print(f"ratio  median {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f}), "
-          f"{args.seeds} seeds, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"ratio  median {statistics.median(ratios):.2f}  ({min(ratios):.2f} to "
+          f"{max(ratios):.2f}), {args.seeds} seeds, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
