@@ -499,6 +499,17 @@ def test_every_setting_runs(tmp_path, more):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_flags_reach_model_and_optimiser(tmp_path, capsys):
+    flags = "--lr 0.2 --betas 0.5 0.6 --weight-decay 0.3 --position none --dropout 0.4".split()
+    args = revcurse.parse(["reversal", *TINY, *flags, "--out", str(tmp_path)])
+    trainer = revcurse.make_trainer(*revcurse.prepare(args), None)
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.2, (0.5, 0.6), 0.3)
+    assert (trainer.batch_size, trainer.epochs, len(trainer.generators)) == (4, 12, 2)
+    assert "transformer.wpe.weight" not in trainer.params
+    assert {m.p for m in trainer.model.modules() if isinstance(m, revcurse.Dropout)} == {0.4}
+
+
 def test_presets():
     def config(*argv):
         return vars(revcurse.parse(["reversal", *argv]))
@@ -560,6 +571,16 @@ def test_bad_output_directory(tmp_path, capsys):
         assert run_in(tmp_path, "reversal", *TINY) == 2
 
 
+class Evil:
+    """Something that acts when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
 def test_bad_results_to_plot(tmp_path, capsys):
     assert run_in(tmp_path, "reversal", *TINY) == 0
     capsys.readouterr()
@@ -582,8 +603,9 @@ def test_bad_results_to_plot(tmp_path, capsys):
     good.write_text(text)
     arrays.write_bytes(content[:-40])
     fails("not a results file")
-    np.savez(arrays, train_forward=np.array([object()]))  # loads only with pickle
+    np.savez(arrays, train_forward=np.array([Evil(tmp_path / "marker")]))
     fails("not a results file")
+    assert not (tmp_path / "marker").exists()
     arrays.unlink()
     fails("reversal.npz", "No such file")
 
@@ -604,14 +626,15 @@ def test_one_broken_seed_is_named(tmp_path, capsys, monkeypatch):
 
     def poisoned(trainer, watch):
         def poison():
-            if trainer.steps == 2 * trainer.steps_per_epoch:  # after epoch 2
+            if trainer.steps == 4 * trainer.steps_per_epoch:  # after epoch 4
                 trainer.params["lm_head.weight"].data[1, 0, 0] = math.inf
             watch()
         run(trainer, poison)
 
     monkeypatch.setattr(Trainer, "run", poisoned)
-    assert run_in(tmp_path, "reversal", *TINY, "--seeds", "3", "--quiet") == 1
-    assert "since epoch 3, seed 1:" in capsys.readouterr().err
+    # 300 epochs are evaluated every third time: after 3 and 6, but the loss is watched at each step
+    assert run_in(tmp_path, "reversal", *TINY, "--seeds", "3", "--epochs", "300", "--quiet") == 1
+    assert "since epoch 5, seed 1:" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
@@ -714,7 +737,7 @@ def test_bad_checkpoints(tmp_path, capsys):
     flipped[good.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
     unreadable = [bytes(flipped), good[:-100], b"", b"text", saved(torch.ones(2)), saved({}),
                   saved({**whole, "config": [1]}), saved({**whole, "seconds": "a"}),
-                  saved({**whole, "config": Path("a pickled object")})]
+                  saved({**whole, "more": Evil(tmp_path / "marker")})]
     other = [(saved({**whole, "config": {**config, "lr": 0.5}}), ["--lr 0.01", "--lr 0.5"])]
     for content, words in [*((bad, ["not a checkpoint"]) for bad in unreadable), *other]:
         checkpoint.write_bytes(content)
