@@ -553,7 +553,7 @@ class Problem(Exception):
 
 def flag(config, name):
     """A flag and its value, as one would type it."""
-    value = config[name]
+    value = config.get(name)
     value = " ".join(map(str, value)) if isinstance(value, list) else value
     return f"--{name.replace('_', '-')} {value}"
 
@@ -925,7 +925,8 @@ def reversal_command(args):
                  stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **first)}
         write_files(files)
         if watch.owns_checkpoint:  # another run's is left alone
-            checkpoint.unlink(missing_ok=True)
+            for file in (checkpoint, *stem.parent.glob(f".{checkpoint.name}.*.tmp")):
+                file.unlink(missing_ok=True)  # also what a kill has left half-written
     print("\nHeld-out pairs of the first seed:", *examples(trainer, datasets), sep="\n")
     report(results)
     print("wrote", ", ".join(map(str, files)))
