@@ -156,11 +156,13 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.rotary:
             q, k = self.rotate(q), self.rotate(k)
+        # The query of token t asks and the key of token s answers: q_t . k_s / sqrt(D/H) scores how
+        # much t listens to s. Among the s up to t, softmax turns the scores into shares.
         scores = q[:, :, T - last:] @ k.transpose(-2, -1) / math.sqrt(D // self.heads)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)[T - last:]
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, H, last, T)
-        gathered = self.attn_dropout(weights) @ v  # (B, H, last, D/H)
-        return self.resid_dropout(self.c_proj(gathered.transpose(1, 2).reshape(B, last, D)))
+        shares = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, H, last, T)
+        heard = self.attn_dropout(shares) @ v  # (B, H, last, D/H): sum over s of share times v_s
+        return self.resid_dropout(self.c_proj(heard.transpose(1, 2).reshape(B, last, D)))
 
     @staticmethod
     def rotate(x):
@@ -219,7 +221,7 @@ class GPT(nn.Module):
         unit = 2 * heads if rotary else heads  # rotary positions turn pairs of entries
         if dim % unit:
             raise ValueError(f"dim {dim}: must be a multiple of {unit}, for {heads} heads"
-                             + " with relative positions" * rotary)
+                             f"{' with relative positions' if rotary else ''}")
         self.block_size = block_size
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(vocab_size, dim),
