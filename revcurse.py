@@ -537,8 +537,8 @@ def draw_weights(results, matrices):
         axes.set(xlabel="answer of pair j", ylabel="question of pair i")
         axes.locator_params(nbins=6, integer=True)
     figure.colorbar(image, ax=grid, shrink=0.6, label="logit of answer j after question i")
-    figure.suptitle(f"Heat maps: one seed. Means: all of {results['config']['seeds']}",
-                    fontsize=11)
+    seeds = results["config"]["seeds"]
+    figure.suptitle(f"Logits of the first seed; the means are over all {seeds}", fontsize=11)
     return figure
 
 
@@ -616,7 +616,7 @@ class Watch:
         now = time.monotonic()
         self.started = now - (saved["seconds"] if saved else 0)
         self.next_look, self.next_save = now, now + CHECKPOINT_SECONDS
-        self.tenth = max(1, trainer.epochs * trainer.steps_per_epoch // 10)  # of all steps
+        self.tenth = max(1, trainer.epochs // 10) * trainer.steps_per_epoch
         self.interrupted, self.in_place = False, sys.stdout.isatty()
         self.owns_checkpoint = saved is not None
 
