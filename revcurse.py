@@ -779,7 +779,7 @@ def build_parser(preset):
     """The command line, with the defaults of this preset."""
     parser = Parser(prog="revcurse.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                     epilog="Start with: python revcurse.py reversal")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="reversal|plot")
     for name, run in [("reversal", reversal_command), ("plot", plot_command)]:
         command = commands.add_parser(name, help=run.__doc__.split(".")[0], allow_abbrev=False,
                                       description=run.__doc__)
@@ -829,7 +829,7 @@ def size(config):
     """In words: parameters of a seed, and the memory of their values, gradients and two moments."""
     with torch.device("meta"):  # all that the model checks, and none of its memory
         count = sum(weight.numel() for weight in make_model(config).parameters())
-    return f"{count:,} parameters and {16 * count / 1e6:,.0f} MB to train them"
+    return f"{count:,} parameters and {16 * count / 1e6:,.1f} MB to train them"
 
 
 def prepare(args):
@@ -966,7 +966,7 @@ def main(argv=None):
     except Problem as problem:
         message, status, *_ = *problem.args, 2
     except OSError as error:  # a full disk, say
-        message, status = error, 1
+        message, status = f"a file could not be written: {error}", 1
     except RuntimeError as error:  # of which CUDA's OutOfMemoryError is a kind
         if "memory" not in str(error):
             raise

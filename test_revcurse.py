@@ -646,7 +646,7 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
                   "--seeds", "1", "--device", "cpu") == 1
     error = capsys.readouterr().err
     size = 2 * 802 * 768 + 2 * 768 + 12 * 768**2 + 13 * 768 + 2 * 768  # wte, head, wpe, block, ln_f
-    assert f"{16 * size / 1e6:,.0f} MB" in error and error.count("\n") == 1
+    assert f"{16 * size / 1e6:,.1f} MB" in error and error.count("\n") == 1
     for flag in ("--seeds 1", "--batch-size 64", "--layers 1", "--dim 768"):
         assert flag in error
     assert list(tmp_path.iterdir()) == []
