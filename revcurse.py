@@ -6,7 +6,7 @@
 
 After Zhu, Huang, Zhang, Jordan, Jiao, Tian and Russell, "Towards a Theoretical Understanding of
 the 'Reversal Curse' via Training Dynamics", NeurIPS 2024 (arXiv 2405.04669). Gradient descent on
-cross-entropy raises the weight from A to B and leaves the weight from B to A where it was.
+cross-entropy raises the weight from A to B and does not raise the weight from B to A.
 
     python revcurse.py reversal                     Figures 1 and 2, seconds on a laptop
     python revcurse.py reversal --preset paper      the same at the paper's size, for a GPU
@@ -120,7 +120,7 @@ class Dropout(nn.Module):
     """While training, zero a share p of the entries and scale the others up by 1 / (1 - p).
 
     An entry is zeroed where uniform noise is below p. In a notebook the noise comes from torch's
-    global generator. Trainer.draw_noise hands it in instead, to keep the seeds apart.
+    global generator. Trainer.draw_noise hands it in, which also says that this is training.
     """
 
     def __init__(self, p):
@@ -130,9 +130,10 @@ class Dropout(nn.Module):
 
     def forward(self, x):
         self.shape = x.shape[1:]  # of one sentence's noise, for Trainer.draw_noise
-        if not self.training or self.p == 0:
+        handed_in = self.noise.numel() > 0
+        if not (handed_in or (self.training and self.p)):
             return x
-        noise = self.noise if self.noise.numel() else torch.rand_like(x)
+        noise = self.noise if handed_in else torch.rand_like(x)
         return torch.where(noise < self.p, 0.0, x / (1 - self.p))
 
 
@@ -281,12 +282,13 @@ class Trainer:
     validation sentences, after each of the epochs in `points` (all, or about 100 of them).
     """
 
-    EVALUATE = 200  # sentences of a seed at once: more would leave the processor's cache
+    EVALUATE = 200  # sentences of a seed at once, to bound the memory and stay in the cache
 
     def __init__(self, models, datasets, generators, make_optimizer, *, epochs, batch_size=64,
                  loss="entity", device="cpu"):
-        self.model = models[0].to(device)  # for its structure; its own weights are not used
-        self.params, self.buffers = stack_module_state([model.to(device) for model in models])
+        models = [model.to(device).eval() for model in models]  # eval: see Dropout
+        self.model = models[0]  # for its structure: its own weights are not used
+        self.params, self.buffers = stack_module_state(models)  # each tensor (S, ...)
         self.optimizer = make_optimizer([p for p in self.params.values() if p.requires_grad])
         self.generators, self.epochs, self.batch_size = generators, epochs, batch_size
         self.sentences = torch.stack([torch.cat([data.train, data.validation])
@@ -334,9 +336,9 @@ class Trainer:
         if start == 0:
             order = torch.stack([torch.randperm(self.train_count, generator=g)
                                  for g in self.generators])
-            if self.curves.is_cuda:  # only from pinned memory does a copy not wait
-                order = order.pin_memory()
-            self.order = order.to(self.curves.device, non_blocking=True)
+            cuda = self.curves.is_cuda  # where from pinned memory a copy does not wait
+            order = order.pin_memory() if cuda else order
+            self.order = order.to(self.curves.device, non_blocking=cuda)
         rows = self.order[:, start:start + self.batch_size, None]  # (S, B, 1)
         sentences = self.sentences.take_along_dim(rows, dim=1)  # (S, B, T + 1)
         noise = self.draw_noise(rows.shape[1]) if self.noise_shapes else {}
@@ -355,14 +357,11 @@ class Trainer:
 
     @torch.no_grad()
     def in_parts(self, function, tokens):
-        """function(tokens) in evaluation mode: no dropout, no gradients, no random numbers."""
-        self.model.eval()
-        parts = [function(part) for part in tokens.split(self.EVALUATE, dim=1)]
-        self.model.train()
-        return torch.cat(parts, dim=1)
+        """function(tokens) without gradients and dropout, some of the sentences at a time."""
+        return torch.cat([function(part) for part in tokens.split(self.EVALUATE, dim=1)], dim=1)
 
     def predict(self, tokens, last):
-        """Like logits, in evaluation mode."""
+        """As logits, but without gradients and dropout."""
         return self.in_parts(lambda part: self.logits(part, last), tokens)
 
     def evaluate(self):
@@ -385,7 +384,7 @@ class Trainer:
             watch()
 
     def state_dict(self):
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on, as long as no loss has been NaN."""
         return {"counts": [self.steps, self.evaluations], "curves": self.curves,
                 "order": self.order, "params": {k: p.detach() for k, p in self.params.items()},
                 "optimizer": self.optimizer.state_dict(),
@@ -393,7 +392,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Go to where the trainer stood that gave this state (on the CPU or this device)."""
+        """Go to where the trainer stood that gave this state, whose tensors become this one's."""
         for name, tensor in self.params.items():
             tensor.copy_(state["params"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -411,19 +410,18 @@ class Trainer:
 def rank(logits, targets, alphabets):
     """Place of the target's logit among its own alphabet, 1 the highest: (B, V), (B,) to (B,).
 
-    alphabets (n, letters) are disjoint; a guess has (letters + 1) / 2 on average.
+    alphabets (n, letters) are disjoint. Equal logits do not count against the target. A guess has
+    (letters + 1) / 2 on average.
     """
-    alphabet_of = torch.full(logits.shape[-1:], -1, device=logits.device)
-    for number, alphabet in enumerate(alphabets):
-        alphabet_of[alphabet] = number
-    same = alphabet_of == alphabet_of[targets][:, None]  # (B, V)
-    return 1 + (same & (logits > logits.gather(1, targets[:, None]))).sum(1)
+    number = (alphabets == targets[:, None, None]).any(2).int().argmax(1)  # (B, n, letters) to (B,)
+    own = logits.gather(1, alphabets[number])  # (B, letters)
+    return 1 + (own > logits.gather(1, targets[:, None])).sum(1)
 
 
 def measure(trainer, datasets):
     """Final metrics {"train_nll", ..., "validation_rank"}: each {"mean", "std", "per_seed"}.
 
-    NLL, accuracy (no token of the vocabulary is likelier) and rank are of the entity's first token;
+    NLL, accuracy (the likeliest of all tokens is right) and rank are of the entity's first token;
     word_nll, for longer ones, sums over its tokens, each given those before. std is over the seeds.
     """
     K = trainer.K
@@ -453,11 +451,9 @@ def logit_matrices(trainer, datasets):
     matrices = {}
     for group in datasets[0].groups:
         sentences = torch.stack([data.groups[group] for data in datasets])  # (S, n, T + 1)
-        sentences = sentences.to(trainer.curves.device)
+        logits = trainer.predict(sentences[..., :trainer.K].to(trainer.curves.device), 1)[:, :, 0]
         answers = sentences[:, None, :, -trainer.K]  # (S, 1, n)
-        matrices[group] = trainer.in_parts(
-            lambda questions, answers=answers: trainer.logits(questions, 1)[:, :, 0]
-            .take_along_dim(answers, dim=2), sentences[..., :trainer.K]).cpu()
+        matrices[group] = logits.cpu().take_along_dim(answers, dim=2)  # (S, n, V) to (S, n, n)
     return matrices
 
 
@@ -554,7 +550,7 @@ class Problem(Exception):
 
 
 def flag(config, name):
-    """A flag and its value, as one would type it."""
+    """A flag and its value, in words."""
     value = config.get(name)
     value = " ".join(map(str, value)) if isinstance(value, list) else value
     return f"--{name.replace('_', '-')} {value}"
@@ -584,9 +580,11 @@ def draw(stem, results, matrices):
 
 def read_checkpoint(path, config):
     """The checkpoint of a run with this configuration; None without --resume or a checkpoint."""
-    if not config["resume"] or not path.exists():
-        if path.exists():
-            print(f"{path} is of an unfinished run; with the same flags --resume would go on")
+    if not path.exists() and config["resume"]:
+        print(f"--resume: there is no checkpoint {path}; starting from the beginning")
+    elif path.exists() and not config["resume"]:
+        print(f"{path} is of an unfinished run; with the same flags --resume would go on")
+    if not (path.exists() and config["resume"]):
         return None
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load would not notice a flipped bit
@@ -608,21 +606,21 @@ class Watch:
 
     Call it after each step, within `with`. There the first Ctrl-C waits for the step to end, saves
     and stops, or, once the training is over, lets the results be written; the second stops at once.
-    `saved` is the checkpoint from which the trainer went on, if any.
+    `seconds` were spent before, if the trainer goes on from a checkpoint.
     """
 
-    def __init__(self, trainer, path, config, saved):
+    def __init__(self, trainer, path, config, seconds=0.0):
         self.trainer, self.path, self.config = trainer, path, config
         now = time.monotonic()
-        self.started = now - (saved["seconds"] if saved else 0)
+        self.started = now - seconds
         self.next_look, self.next_save = now, now + CHECKPOINT_SECONDS
         self.tenth = max(1, trainer.epochs // 10) * trainer.steps_per_epoch
         self.interrupted, self.in_place = False, sys.stdout.isatty()
-        self.owns_checkpoint = saved is not None
+        self.owns_checkpoint = trainer.steps > 0
 
     def seconds(self):
-        """Training time, that of the runs which this one continues included."""
-        return time.monotonic() - self.started
+        """Time since the training began, with that of the runs which this one continues."""
+        return max(time.monotonic() - self.started, 1e-3)  # some clocks tick slowly
 
     def __enter__(self):
         def interrupt(*_):
@@ -677,7 +675,8 @@ class Watch:
         content = {"config": self.config, "seconds": self.seconds(),
                    "trainer": self.trainer.state_dict()}
         if self.path.exists() and not self.owns_checkpoint:  # another run's: keep it
-            os.replace(self.path, self.path.with_suffix(".old.pt"))
+            written = int(self.path.stat().st_mtime)
+            os.replace(self.path, self.path.with_suffix(f".{written}.pt"))
         try:
             write_files({self.path: lambda file: torch.save(content, file)})
         except (OSError, RuntimeError) as error:
@@ -856,18 +855,22 @@ def prepare(args):
     return config, datasets, generators
 
 
-def make_trainer(config, datasets, generators, saved):
-    """The trainer that the flags describe, standing where the checkpoint (or None) was saved."""
+def make_trainer(config, datasets, generators, checkpoint):
+    """(The trainer that the flags describe, seconds spent before), from the checkpoint if resumed.
+    """
+    saved = read_checkpoint(checkpoint, config)
     trainer = Trainer(
         [make_model(config, generator) for generator in generators], datasets, generators,
-        lambda params: torch.optim.AdamW(params, lr=config["lr"], betas=config["betas"],
-                                         weight_decay=config["weight_decay"], fused=True),
+        lambda params: torch.optim.AdamW(
+            params, lr=config["lr"], betas=config["betas"], weight_decay=config["weight_decay"],
+            fused=config["device"] != "mps"),  # which old versions of torch lack
         epochs=config["epochs"], batch_size=config["batch_size"], loss=config["loss"],
         device=config["device"])
-    if saved:
-        trainer.load_state_dict(saved["trainer"])
-        print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
-    return trainer
+    if saved is None:
+        return trainer, 0.0
+    trainer.load_state_dict(saved["trainer"])
+    print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
+    return trainer, saved["seconds"]
 
 
 def report(results):
@@ -913,9 +916,8 @@ def reversal_command(args):
     config, datasets, generators = prepare(args)
     stem = Path(config["out"]) / args.command
     checkpoint = stem.with_suffix(".pt")
-    saved = read_checkpoint(checkpoint, config)
-    trainer = make_trainer(config, datasets, generators, saved)
-    with Watch(trainer, checkpoint, config, saved) as watch:
+    trainer, seconds = make_trainer(config, datasets, generators, checkpoint)
+    with Watch(trainer, checkpoint, config, seconds) as watch:
         trainer.run(watch)
         watch.look()
         matrices = logit_matrices(trainer, datasets)
@@ -968,7 +970,7 @@ def main(argv=None):
     except OSError as error:  # a full disk, say
         message, status = f"a file could not be written: {error}", 1
     except RuntimeError as error:  # of which CUDA's OutOfMemoryError is a kind
-        if "memory" not in str(error):
+        if not any(words in str(error).lower() for words in ("out of memory", "alloc")):
             raise
         names = "seeds", "batch_size", "layers", "dim", "vocab", "entity_length"
         message = (f"out of memory: each seed has {size(vars(args))}, and its activations on top; "

@@ -500,9 +500,10 @@ def test_every_setting_runs(tmp_path, more):
 
 
 def test_flags_reach_model_and_optimiser(tmp_path, capsys):
-    flags = "--lr 0.2 --betas 0.5 0.6 --weight-decay 0.3 --position none --dropout 0.4".split()
+    flags = ["--lr", "0.2", "--betas", "0.5", "0.6", "--weight-decay", "0.3", "--dropout", "0.4",
+             "--position", "none"]
     args = revcurse.parse(["reversal", *TINY, *flags, "--out", str(tmp_path)])
-    trainer = revcurse.make_trainer(*revcurse.prepare(args), None)
+    trainer, _ = revcurse.make_trainer(*revcurse.prepare(args), tmp_path / "reversal.pt")
     group = trainer.optimizer.param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.2, (0.5, 0.6), 0.3)
     assert (trainer.batch_size, trainer.epochs, len(trainer.generators)) == (4, 12, 2)
@@ -754,10 +755,13 @@ def test_a_checkpoint_of_another_run_is_kept(tmp_path, capsys, monkeypatch):
     assert run_in(tmp_path, "reversal", *TINY) == 0  # too short to save one of its own
     assert "unfinished run" in capsys.readouterr().out
     assert checkpoint.read_bytes() == b"ten hours of work"
+    os.utime(checkpoint, (1e9, 1e9))
     monkeypatch.setattr(revcurse, "CHECKPOINT_SECONDS", 0)
     assert run_in(tmp_path, "reversal", *TINY) == 0
-    assert not checkpoint.exists()
-    assert (tmp_path / "reversal.old.pt").read_bytes() == b"ten hours of work"
+    checkpoint.write_bytes(b"two hours of work")
+    assert run_in(tmp_path, "reversal", *TINY) == 0
+    kept = {path.read_bytes() for path in tmp_path.glob("reversal.*.pt")}
+    assert kept == {b"ten hours of work", b"two hours of work"} and not checkpoint.exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts this process")
