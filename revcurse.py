@@ -713,28 +713,30 @@ SHARE = number(float, "a number from 0 up and below 1", lambda x: 0 <= x < 1)
 # the groups that it needs. Where the paper has no value, the laptop's holds for both.
 FLAGS = {
     "data": [
-        ("vocab", COUNT, 800, 800, "entity tokens, a quarter each for A and B; also 20 to 2000"),
-        ("entity-length", COUNT, 1, 1, "tokens of an entity; also 2 and 3"),
+        ("vocab", COUNT, 800, 800, "entity tokens, a quarter for A, a quarter for B; also "
+         "tried: 20, 50, 200, 2000"),
+        ("entity-length", COUNT, 1, 1, "tokens of an entity; also tried: 2, 3"),
         ("complete", COUNT, None, None, "pairs trained in both directions [paper: 70 % of the "
          "pairs, 100 for entity length 3]"),
         ("held-out", COUNT, None, None, "pairs trained in one direction and validated in the other "
          "[paper: 30 % of the pairs, 50 for entity length 3]")],
     "model": [
-        ("layers", COUNT, 2, 24, "blocks; also 1"),
+        ("layers", COUNT, 2, 24, "blocks; also tried: 1"),
         ("heads", COUNT, 4, 12, "attention heads"),
-        ("dim", COUNT, 64, 768, "embedding dimension; also 20"),
+        ("dim", COUNT, 64, 768, "embedding dimension; also tried: 20"),
         ("position", ["none", "absolute", "relative"], "absolute", "absolute",
-         "none, learned (absolute) or rotary (relative)"),
+         "none, learned (absolute) or rotary (relative); all tried"),
         ("dropout", SHARE, 0.0, 0.1, "share of the activations zeroed in training"),
         ("freeze-embeddings", bool, False, None, "leave token and position embeddings as they are "
-         "drawn [paper: learned; also frozen]"),
+         "drawn [paper: learned; also tried: frozen]"),
         ("tie-embeddings", bool, False, None, "use the token embedding as output matrix [paper: "
          "not tied]")],
     "training": [
         ("epochs", COUNT, 80, 3000, "passes over the training sentences"),
         ("batch-size", COUNT, 64, 64, "sentences a step"),
         ("lr", RATE, 0.01, 0.01, "learning rate of AdamW"),
-        ("betas", SHARE, [0.9, 0.999], [0.9, 0.999], "AdamW's decay rates of the two moments"),
+        ("betas", SHARE, [0.9, 0.999], None, "AdamW's decay rates of the two moments [paper: 0.9 "
+         "0.999]"),
         ("weight-decay", DECAY, 0.01, 0.01, "of AdamW; the authors' 0.9 never reaches theirs"),
         ("loss", ["entity", "sequence"], "entity", "entity", "on the last entity or all tokens"),
         ("seeds", COUNT, 10, 10, "how many seeds train at once"),
