@@ -580,11 +580,11 @@ def draw(stem, results, matrices):
 
 def read_checkpoint(path, config):
     """The checkpoint of a run with this configuration; None without --resume or a checkpoint."""
-    if not path.exists() and config["resume"]:
-        print(f"--resume: there is no checkpoint {path}; starting from the beginning")
-    elif path.exists() and not config["resume"]:
-        print(f"{path} is of an unfinished run; with the same flags --resume would go on")
-    if not (path.exists() and config["resume"]):
+    if config["resume"] != path.exists():
+        print(f"--resume: there is no checkpoint {path}; starting from the beginning"
+              if config["resume"] else
+              f"{path} is of an unfinished run; with the same flags --resume would go on")
+    if not (config["resume"] and path.exists()):
         return None
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load would not notice a flipped bit
