@@ -815,45 +815,40 @@ def check_directory(path):
                       f"({error.strerror})") from None
 
 
-def make_model(config, generator=None):
-    """The GPT that the flags describe. Reads all tokens of a sentence but the last."""
-    model = GPT(config["vocab"] + 2, 2 * config["entity_length"], config["layers"],
-                config["heads"], config["dim"], config["position"], config["dropout"],
-                config["tie_embeddings"], generator)
+def make_model(config, data, generator=None):
+    """The GPT that the flags describe, for the sentences of this data set."""
+    model = GPT(len(data.names), data.train.shape[1] - 1, config["layers"], config["heads"],
+                config["dim"], config["position"], config["dropout"], config["tie_embeddings"],
+                generator)
     for name in ("wte", "wpe"):
         if config["freeze_embeddings"] and name in model.transformer:
             model.transformer[name].requires_grad_(False)
     return model
 
 
-def size(config):
-    """In words: parameters of a seed, and the memory of their values, gradients and two moments."""
-    with torch.device("meta"):  # all that the model checks, and none of its memory
-        count = sum(weight.numel() for weight in make_model(config).parameters())
-    return f"{count:,} parameters and {16 * count / 1e6:,.1f} MB to train them"
-
-
-def prepare(args):
+def prepare(args, make_data):
     """Flags to (config: every flag's final value, data sets, generators). Prints the configuration;
-    raises Problem if flags do not fit together."""
+    raises Problem if flags do not fit together. make_data(generator) is the data set of a seed."""
     config = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.seeds)]
     try:
-        needed = size(config)
-        datasets = [reversal_data(args.vocab, args.entity_length, args.complete, args.held_out, g)
-                    for g in generators]
+        datasets = [make_data(generator) for generator in generators]
+        with torch.device("meta"):  # all that the model checks, and none of its memory
+            size = sum(weight.numel() for weight in make_model(config, datasets[0]).parameters())
     except ValueError as error:  # it begins with the parameter, which is named as the flag
         raise Problem(f"--{error}") from None
-    config["complete"] = len(datasets[0].groups["train_forward"])
-    config["held_out"] = len(datasets[0].validation)
+    counts = [len(sentences) for sentences in datasets[0].groups.values()]
+    config["complete"], config["held_out"] = counts[0], counts[-1]
     config["device"], why = choose_device(args.device)
     check_directory(args.out)
     config["out"] = str(args.out)
+    # A weight comes with its gradient and two moments, each of 4 bytes.
+    args.size = f"{size:,} parameters and {16 * size / 1e6:,.1f} MB to train them"
     print(f"device: {config['device']} ({why})")
     print(textwrap.fill(", ".join(flag(config, name)[2:] for name in config),
                         shutil.get_terminal_size((100, 24)).columns, break_on_hyphens=False))
     print(f"{len(datasets[0].train)} training and {len(datasets[0].validation)} validation "
-          f"sentences; for each seed {needed}")
+          f"sentences; for each seed {args.size}")
     return config, datasets, generators
 
 
@@ -862,7 +857,8 @@ def make_trainer(config, datasets, generators, checkpoint):
     """
     saved = read_checkpoint(checkpoint, config)
     trainer = Trainer(
-        [make_model(config, generator) for generator in generators], datasets, generators,
+        [make_model(config, *seed) for seed in zip(datasets, generators, strict=True)],
+        datasets, generators,
         lambda params: torch.optim.AdamW(
             params, lr=config["lr"], betas=config["betas"], weight_decay=config["weight_decay"],
             fused=config["device"] != "mps"),  # which old versions of torch lack
@@ -878,7 +874,7 @@ def make_trainer(config, datasets, generators, checkpoint):
 def report(results):
     """Print the table, and one sentence on whether the curse was seen."""
     summary, chance = results["summary"], results["chance"]["alphabet"]
-    titles = "NLL", "accuracy", f"rank of {results['config']['vocab'] // 4}"
+    titles = "NLL", "accuracy", f"rank of {math.exp(chance):.0f}"
     print("\nmean (std)  " + "".join(f"{title:^20}" for title in titles))
     for part in ("train", "validation"):
         cells = [summary[f"{part}_{name}"] for name in ("nll", "accuracy", "rank")]
@@ -901,8 +897,8 @@ def collect(command, config, trainer, datasets, matrices, seconds):
         "environment": {"python": platform.python_version(), "torch": torch.__version__,
                         "numpy": np.__version__, "device": config["device"]},
         "counts": {"train": len(datasets[0].train), "validation": len(datasets[0].validation)},
-        "chance": {"vocabulary": math.log(config["vocab"] + 2),
-                   "alphabet": math.log(config["vocab"] // 4)},
+        "chance": {"vocabulary": math.log(len(datasets[0].names)),
+                   "alphabet": math.log(datasets[0].alphabets.shape[1])},
         "summary": measure(trainer, datasets),
         "weights": diagonal_means(matrices),
         "curves": {"epoch": trainer.points, "train_nll": train_nll,
@@ -915,7 +911,8 @@ def reversal_command(args):
     """Figures 1 and 2: train "A -> B", ask "B <-". Some pairs are trained in both directions, of
     the others one direction is trained and the other asked. Writes reversal.json, reversal.npz
     (the first seed's heat maps), reversal.png and reversal_weights.png."""
-    config, datasets, generators = prepare(args)
+    config, datasets, generators = prepare(args, lambda generator: reversal_data(
+        args.vocab, args.entity_length, args.complete, args.held_out, generator))
     stem = Path(config["out"]) / args.command
     checkpoint = stem.with_suffix(".pt")
     trainer, seconds = make_trainer(config, datasets, generators, checkpoint)
@@ -975,8 +972,9 @@ def main(argv=None):
         if not any(words in str(error).lower() for words in ("out of memory", "alloc")):
             raise
         names = "seeds", "batch_size", "layers", "dim", "vocab", "entity_length"
-        message = (f"out of memory: each seed has {size(vars(args))}, and its activations on top; "
-                   f"lower {', '.join(flag(vars(args), name) for name in names)}")
+        needs = getattr(args, "size", "its sentences")  # set once the sentences are there
+        message = (f"out of memory: each seed has {needs}, and its activations on top; lower "
+                   f"{', '.join(flag(vars(args), name) for name in names)}")
         status = 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130

@@ -409,13 +409,13 @@ def test_curves_have_the_promised_points():
 
 
 def test_frozen_embeddings_stay_and_tied_ones_are_trained_together():
-    config = {"vocab": 24, "entity_length": 1, "layers": 1, "heads": 2, "dim": 16,
+    config = {"layers": 1, "heads": 2, "dim": 16,
               "position": "absolute", "dropout": 0.0}
     for tied in (False, True):
         config |= {"tie_embeddings": tied, "freeze_embeddings": not tied}
         g = generators(0)
         data = [reversal_data(24, generator=g[0])]
-        trainer = Trainer([revcurse.make_model(config, g[0])], data, g, adamw, epochs=2)
+        trainer = Trainer([revcurse.make_model(config, data[0], g[0])], data, g, adamw, epochs=2)
         before = {name: weight.detach().clone() for name, weight in trainer.params.items()}
         trainer.run()
         moved = {name for name, weight in trainer.params.items()
@@ -503,7 +503,8 @@ def test_flags_reach_model_and_optimiser(tmp_path, capsys):
     flags = ["--lr", "0.2", "--betas", "0.5", "0.6", "--weight-decay", "0.3", "--dropout", "0.4",
              "--position", "none"]
     args = revcurse.parse(["reversal", *TINY, *flags, "--out", str(tmp_path)])
-    trainer, _ = revcurse.make_trainer(*revcurse.prepare(args), tmp_path / "reversal.pt")
+    prepared = revcurse.prepare(args, lambda generator: reversal_data(24, generator=generator))
+    trainer, _ = revcurse.make_trainer(*prepared, tmp_path / "reversal.pt")
     group = trainer.optimizer.param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.2, (0.5, 0.6), 0.3)
     assert (trainer.batch_size, trainer.epochs, len(trainer.generators)) == (4, 12, 2)
