@@ -883,9 +883,10 @@ def report(results):
     trained, unseen, loss = (summary[name]["mean"] for name in (
         "train_accuracy", "validation_accuracy", "validation_nll"))
     verdict = "The reversal curse" if unseen < 0.1 and loss > chance else "No clear curse"
+    right = "right" if results["config"]["entity_length"] == 1 else "right in their first token"
     print(f"\n{verdict if trained > 0.99 else 'Not learned yet'}: {trained:.1%} of the trained "
-          f"sentences are answered right and {unseen:.1%} of their unseen reversals, with an NLL "
-          f"of {loss:.2f} where guessing has {chance:.2f}.\n")
+          f"sentences are answered {right} and {unseen:.1%} of their unseen reversals, with an "
+          f"NLL of {loss:.2f} where guessing has {chance:.2f}.\n")
 
 
 def collect(command, config, trainer, datasets, matrices, seconds):
