@@ -533,8 +533,9 @@ def draw_weights(results, matrices):
         axes.set(xlabel="answer of pair j", ylabel="question of pair i")
         axes.locator_params(nbins=6, integer=True)
     figure.colorbar(image, ax=grid, shrink=0.6, label="logit of answer j after question i")
-    seeds = results["config"]["seeds"]
-    figure.suptitle(f"Logits of the first seed; the means are over all {seeds}", fontsize=11)
+    seeds = len(results["curves"]["train_nll"])
+    figure.suptitle("Logits of the first seed" + f"; the means are over all {seeds}" * (seeds > 1),
+                    fontsize=11)
     return figure
 
 
