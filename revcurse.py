@@ -531,7 +531,7 @@ def draw_weights(results, matrices):
         axes.set_title(f"{title}\nmean logit {means['diagonal']:.1f} on the diagonal{off}",
                        fontsize=10)
         axes.set(xlabel="answer of pair j", ylabel="question of pair i")
-        axes.locator_params(nbins=6, integer=True)
+        axes.locator_params(nbins=6, integer=True, min_n_ticks=1)
     figure.colorbar(image, ax=grid, shrink=0.6, label="logit of answer j after question i")
     seeds = len(results["curves"]["train_nll"])
     figure.suptitle("Logits of the first seed" + f"; the means are over all {seeds}" * (seeds > 1),
