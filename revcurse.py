@@ -8,19 +8,25 @@ After Zhu, Huang, Zhang, Jordan, Jiao, Tian and Russell, "Towards a Theoretical 
 the 'Reversal Curse' via Training Dynamics", NeurIPS 2024 (arXiv 2405.04669). Gradient descent on
 cross-entropy raises the weight from A to B and does not raise the weight from B to A.
 
-    python revcurse.py reversal                     Figures 1 and 2, seconds on a laptop
-    python revcurse.py reversal --preset paper      the same at the paper's size, for a GPU
+    python revcurse.py reversal --animate           Figures 1 and 2, seconds on a laptop
+    python revcurse.py chain                        Figures 3 and 4, and chain of thought
+    python revcurse.py icl                          in-context reversal: no curse
+    python revcurse.py ablate layers --task chain   Figures 5 to 11: what does not help
+    python revcurse.py all                          every figure, and what was seen in it
     python revcurse.py plot figures/reversal.json   draw again from the saved results
 
-Read it from top to bottom: data and model (the paper's Section 5), training, measuring and
-plotting (its Figures 1 and 2), running (what can go wrong), commands.
+--preset paper has the paper's sizes, for a GPU. Read the file from top to bottom: data and model
+(the paper's Section 5), training, measuring and plotting (its figures), running (what can go
+wrong), commands.
 
 Shapes stand at each reshape: S seeds, B sentences, T tokens that the model reads, P tokens that it
 predicts, D dim, H heads, V ids of the vocabulary, K tokens of an entity. NLL is in nats.
 """
 
 import argparse
+import contextlib
 import functools
+import inspect
 import json
 import math
 import os
@@ -32,11 +38,13 @@ import tempfile
 import textwrap
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -44,18 +52,47 @@ from torch.nn import functional as F
 
 # ------------------------------------------------------------------------------------------- Data
 
-FORWARD, BACKWARD = 0, 1  # ids of the relations "->" and "<-"; entity tokens are 2 and up
+# Ids of the relations "->", "<-", "~>" (chain) and "<=>" (in-context); entity tokens come after.
+FORWARD, BACKWARD, INDIRECT, EQUIVALENT = 0, 1, 1, 2
 
 
 class Dataset(NamedTuple):
     """Sentences of token ids for one seed, and what is needed to measure and print them."""
 
-    train: torch.Tensor  # (sentences, T + 1)
-    validation: torch.Tensor  # (sentences, T + 1), none of them in train
-    answer_length: int  # K: the loss and the metrics look at a sentence's last K tokens
-    alphabets: torch.Tensor  # (2, letters): the token ids that A and B are spelled with
-    groups: dict[str, torch.Tensor]  # sentences by role, one heat map for each
+    groups: dict[str, torch.Tensor]  # role: sentences (n, T + 1); the last validates, others train
+    alphabets: torch.Tensor  # (n, letters): the token ids that answers are spelled with
     names: list[str]  # how to print each token id
+    answer_length: int = 1  # K: the loss and the metrics look at a sentence's last K tokens
+    graded: int = 0  # the token of the answer that metrics look at: the first that tells it apart
+
+    @property
+    def train(self):
+        return torch.cat(list(self.groups.values())[:-1])
+
+    @property
+    def validation(self):
+        return list(self.groups.values())[-1]
+
+
+def count_facts(vocab_size, entity_length, complete=None, held_out=None):
+    """(complete, held_out): how many pairs or triples, if None as in the paper.
+
+    That is min(letters**K, 2 * letters), 70 % of them complete; from K = 3 on no more than 100
+    complete and 50 held out, so that the training set can be learned.
+    """
+    letters = vocab_size // 4
+    facts = min(letters**entity_length, 2 * letters)
+    most = (facts, facts) if entity_length < 3 else (100, 50)
+    complete = min(round(0.7 * facts), most[0]) if complete is None else complete
+    held_out = min(facts - round(0.7 * facts), most[1]) if held_out is None else held_out
+    if min(complete, held_out) < 1:
+        raise ValueError(f"vocab {vocab_size}: gives {complete} complete and {held_out} held-out "
+                         "facts; one of each is needed, so 8 tokens or more")
+    if complete + held_out > letters**entity_length:
+        raise ValueError(f"complete {complete}: with --held-out {held_out} that is more than the "
+                         f"{letters**entity_length} entities of length {entity_length} that the "
+                         f"{letters} tokens of an alphabet (--vocab / 4) spell")
+    return complete, held_out
 
 
 def draw_entities(alphabet, length, count, generator):
@@ -70,47 +107,141 @@ def draw_entities(alphabet, length, count, generator):
     return alphabet[letters[torch.randperm(len(letters), generator=generator)[:count]]]
 
 
+def sentences(*parts):
+    """Entities (n, K) and relations (an id) side by side: (n, T + 1)."""
+    n = next(len(part) for part in parts if not isinstance(part, int))
+    return torch.cat([torch.full((n, 1), part) if isinstance(part, int) else part
+                      for part in parts], dim=1)
+
+
+def token_names(relations, vocab_size, letters, tokens):
+    """How to print each id: relations, then each letter's tokens, numbered; "#": in no sentence."""
+    names = [*relations, *(f"#{token}" for token in range(vocab_size))]
+    for letter, own in zip(letters, tokens, strict=True):
+        for i, token in enumerate(own):
+            names[token] = f"{letter}{i}" if len(own) > 1 else letter
+    return names
+
+
+def spell(roles, relations, vocab_size, length, count, generator):
+    """For each role (a letter) an alphabet of vocab_size // 4 ids from 2 up, and `count` entities:
+    (roles, letters), [(count, length)], and how to print each id."""
+    order = torch.randperm(vocab_size, generator=generator)[:len(roles) * (vocab_size // 4)]
+    alphabets = 2 + order.view(len(roles), -1)
+    entities = [draw_entities(alphabet, length, count, generator) for alphabet in alphabets]
+    named = (roles, [e[:, 0] for e in entities]) if length == 1 else (roles.lower(), alphabets)
+    return alphabets, entities, token_names(relations, vocab_size, *named)
+
+
 def reversal_data(vocab_size, entity_length=1, complete=None, held_out=None, generator=None):
     """The reversal task (Section 5): a Dataset of sentences "A -> B" and "B <- A".
 
     Both directions of each complete pair are trained. Of each held-out pair one direction, chosen
     by a coin, is trained ("seen") and the other is asked ("unseen"): a model that learned from the
-    complete pairs how the arrows belong together would answer. By default, as in the paper, there
-    are min((vocab_size // 4)**K, 2 * (vocab_size // 4)) pairs, 70 % of them complete; from K = 3 on
-    no more than 100 complete and 50 held out, so that the training set can be learned.
+    complete pairs how the arrows belong together would answer. count_facts has the numbers.
 
     vocab_size counts entity tokens; a model needs two ids more. A and B are spelled with
     vocab_size // 4 tokens each, disjoint. Raises ValueError if these cannot spell the pairs.
     """
-    letters = vocab_size // 4
-    pairs = min(letters**entity_length, 2 * letters)
-    most = (pairs, pairs) if entity_length < 3 else (100, 50)
-    complete = min(round(0.7 * pairs), most[0]) if complete is None else complete
-    held_out = min(pairs - round(0.7 * pairs), most[1]) if held_out is None else held_out
-    pairs = complete + held_out
-    if min(complete, held_out) < 1:
-        raise ValueError(f"vocab {vocab_size}: gives {complete} complete and {held_out} held-out "
-                         "pairs; one of each is needed, so 8 tokens or more")
-    if pairs > letters**entity_length:
-        raise ValueError(f"complete {complete}: with --held-out {held_out} that is {pairs} pairs, "
-                         f"but the {letters} tokens of an alphabet (--vocab {vocab_size} // 4) "
-                         f"spell only {letters**entity_length} entities of length {entity_length}")
-
-    alphabets = 2 + torch.randperm(vocab_size, generator=generator)[: 2 * letters].view(2, letters)
-    a, b = (draw_entities(alphabet, entity_length, pairs, generator) for alphabet in alphabets)
-    forward = torch.cat([a, torch.full((pairs, 1), FORWARD), b], dim=1)  # (pairs, K + 1 + K)
-    backward = torch.cat([b, torch.full((pairs, 1), BACKWARD), a], dim=1)
+    complete, held_out = count_facts(vocab_size, entity_length, complete, held_out)
+    alphabets, (a, b), names = spell("AB", ["->", "<-"], vocab_size, entity_length,
+                                     complete + held_out, generator)
+    forward, backward = sentences(a, FORWARD, b), sentences(b, BACKWARD, a)
     coin = torch.rand(held_out, 1, generator=generator) < 0.5
     groups = {"train_forward": forward[:complete], "train_backward": backward[:complete],
               "validation_seen": torch.where(coin, forward[complete:], backward[complete:]),
               "validation_unseen": torch.where(coin, backward[complete:], forward[complete:])}
-    *train, validation = groups.values()
+    return Dataset(groups, alphabets, names, entity_length)
 
-    names = ["->", "<-"] + [f"#{token}" for token in range(2, vocab_size + 2)]  # "#": in no pair
-    for letter, alphabet, entities in zip("AB", alphabets, (a, b), strict=True):
-        for i, token in enumerate((entities if entity_length == 1 else alphabet).flatten()):
-            names[token] = f"{letter if entity_length == 1 else letter.lower()}{i}"
-    return Dataset(torch.cat(train), validation, entity_length, alphabets, groups, names)
+
+def chain_data(vocab_size, entity_length=1, complete=None, held_out=None, related_tokens=False,
+               generator=None):
+    """The chain task (Section 5): a Dataset of "A -> B", "B -> C" and the implied "A ~> C".
+
+    All three are trained of each complete triple, the two steps of a held-out one, whose A ~> C is
+    asked. Alphabets, numbers and errors are those of reversal_data.
+
+    related_tokens: entities are "a i", "b i", "c i", with the same three tokens in every triple and
+    an index token i of its own; 200 complete and 50 held-out indices, if not told otherwise.
+    """
+    if related_tokens:
+        complete, held_out = complete or 200, held_out or 50
+        tokens = 2 + torch.randperm(vocab_size, generator=generator)
+        alphabets = tokens[None, 3:3 + complete + held_out]  # the indices
+        if alphabets.shape[1] < complete + held_out:
+            raise ValueError(f"vocab {vocab_size}: {complete} complete and {held_out} held-out "
+                             f"triples of related tokens need {complete + held_out + 3}")
+        a, b, c = (sentences(int(token), alphabets.T) for token in tokens[:3])
+        names = token_names(["->", "~>"], vocab_size, "abci", [*tokens[:3, None], alphabets[0]])
+    else:
+        complete, held_out = count_facts(vocab_size, entity_length, complete, held_out)
+        alphabets, (a, b, c), names = spell("ABC", ["->", "~>"], vocab_size, entity_length,
+                                            complete + held_out, generator)
+    steps = {"ab": sentences(a, FORWARD, b), "bc": sentences(b, FORWARD, c),
+             "ac": sentences(a, INDIRECT, c)}
+    groups = {f"{part}_{step}": facts[rows]
+              for part, rows in [("train", slice(complete)), ("validation", slice(complete, None))]
+              for step, facts in steps.items()}
+    return Dataset(groups, alphabets, names, a.shape[1], graded=int(related_tokens))
+
+
+def icl_data(vocab_size=400, complete=7, held_out=3, generator=None):
+    """In-context reversal: a Dataset of sentences "A -> B <=> B <- A", whose last A is asked.
+
+    Each of vocab_size // 4 A's meets the same `complete` + `held_out` B's; with `held_out` of
+    them, drawn for each A, it is validated. Raises ValueError if vocab_size is too small.
+    """
+    letters, partners = vocab_size // 4, complete + held_out
+    if letters < 1 or letters + partners > vocab_size:
+        raise ValueError(f"vocab {vocab_size}: a quarter for A, and {partners} tokens for B, need "
+                         f"{max(4, partners + partners // 3 + 1)} or more")
+    tokens = 3 + torch.randperm(vocab_size, generator=generator)[:letters + partners]
+    alphabet, others = tokens[None, :letters], tokens[letters:]
+    order = torch.rand(letters, partners, generator=generator).argsort(1)  # of the B's, for each A
+    a, b = alphabet.T.repeat_interleave(partners, dim=0), others[order].view(-1, 1)
+    every = sentences(a, FORWARD, b, EQUIVALENT, b, BACKWARD, a).view(letters, partners, 7)
+    groups = {"train": every[:, :complete].flatten(0, 1),
+              "validation": every[:, complete:].flatten(0, 1)}
+    names = token_names(["->", "<-", "<=>"], vocab_size, "AB", [alphabet[0], others])
+    return Dataset(groups, alphabet, names)
+
+
+def name_pairs(data, facts, generator=None):
+    """Reversal data with the user's names: each of its pairs gets a random one of facts, which are
+    as many tuples (A, B) as an alphabet has letters."""
+    names, order = list(data.names), torch.randperm(len(facts), generator=generator).tolist()
+    for i in range(len(data.groups["train_forward"]) + len(data.validation)):
+        for letter, name in zip("AB", facts[order[i]], strict=True):
+            names[data.names.index(f"{letter}{i}")] = name
+    return data._replace(names=names)
+
+
+class Task(NamedTuple):
+    """One of the paper's tasks: its data, and what to call things."""
+
+    data: Callable[..., Dataset]
+    title: str
+    unseen: str  # the validation sentences, in words
+    curse: str  # what to say if they are not answered
+    note: str  # what else to say
+    maps: dict[str, str]  # the group of each heat map and its title
+
+
+TASKS = {
+    "reversal": Task(reversal_data, "Reversal", "unseen reversals", "The reversal curse", "", {
+        "train_forward": "complete pairs\nA -> B: trained",
+        "train_backward": "complete pairs\nB <- A: trained",
+        "validation_seen": "held-out pairs\nthe trained direction",
+        "validation_unseen": "held-out pairs\nthe unseen direction"}),
+    "chain": Task(chain_data, "Chain", 'unseen "A ~> C"', "Weights are intransitive", "", {
+        f"{part}_{step}": f"{words} triples\n{sentence}: "
+                          f"{'unseen' if part[0] + step == 'vac' else 'trained'}"
+        for part, words in [("train", "complete"), ("validation", "held-out")]
+        for step, sentence in [("ab", "A -> B"), ("bc", "B -> C"), ("ac", "A ~> C")]}),
+    "icl": Task(icl_data, "In-context reversal", "sentences with new pairs",
+                "The reversal curse", "No contradiction: the answer stands in the context, to be "
+                "copied; the curse is about what the weights store.", {}),
+}
 
 
 # ------------------------------------------------------------------------------------------ Model
@@ -278,41 +409,46 @@ class Trainer:
     a seed does not depend on the others. make_optimizer gets the list of trained tensors, each
     stacked over the seeds. loss: "entity" (the last K tokens) or "sequence" (all but the first).
 
-    `curves` (2, points, S) holds the NLL of the entity's first token, on the training and on the
-    validation sentences, after each of the epochs in `points` (all, or about 100 of them).
+    `curves` (2, 2, points, S) holds the NLL of training and validation sentences, of the graded
+    token and of the whole entity, after each epoch in `points` (all, or about 100 of them). With
+    animate, `frames` gets the epoch and the first seed's logit_matrices about 25 times.
     """
 
-    EVALUATE = 200  # sentences of a seed at once, to bound the memory and stay in the cache
-
     def __init__(self, models, datasets, generators, make_optimizer, *, epochs, batch_size=64,
-                 loss="entity", device="cpu"):
+                 loss="entity", device="cpu", animate=False):
         models = [model.to(device).eval() for model in models]  # eval: see Dropout
         self.model = models[0]  # for its structure: its own weights are not used
         self.params, self.buffers = stack_module_state(models)  # each tensor (S, ...)
         self.optimizer = make_optimizer([p for p in self.params.values() if p.requires_grad])
         self.generators, self.epochs, self.batch_size = generators, epochs, batch_size
-        self.sentences = torch.stack([torch.cat([data.train, data.validation])
-                                      for data in datasets]).to(device)  # (S, sentences, T + 1)
-        self.train_count, self.K = len(datasets[0].train), datasets[0].answer_length
+        self.datasets, self.K = datasets, datasets[0].answer_length
+        self.groups = {group: torch.stack([data.groups[group] for data in datasets]).to(device)
+                       for group in datasets[0].groups}  # (S, n, T + 1), the last one validates
+        self.sentences = torch.cat(list(self.groups.values()), dim=1)  # (S, sentences, T + 1)
+        self.train_count = len(datasets[0].train)
         self.P = self.K if loss == "entity" else self.sentences.shape[2] - 1
         self.steps_per_epoch = math.ceil(self.train_count / batch_size)
         self.points = np.linspace(0, epochs, min(epochs, 100) + 1).round().astype(int).tolist()
-        self.curves = torch.zeros(2, len(self.points), len(models), device=device)
+        self.curves = torch.zeros(2, 2, len(self.points), len(models), device=device)
+        apart = math.ceil(len(self.points) / 25)
+        self.frames, self.frame_points = [], {*self.points[::apart], epochs} if animate else set()
         self.bad_epoch = torch.full((len(models),), math.inf, device=device)  # of the first NaN
         self.steps = self.evaluations = 0
         self.order = torch.zeros(len(models), self.train_count, dtype=torch.long)  # of this epoch
         self.noise_generators = [torch.Generator(device).manual_seed(
             int(torch.randint(2**62, (), generator=g))) for g in generators]
-        self.predict(self.sentences[:, :1, :-1], self.P)  # tells each Dropout its noise's shape
+        self.logits(self.sentences[:, :1, :-1], self.P)  # tells each Dropout its noise's shape
         self.noise_shapes = {f"{name}.noise": module.shape for name, module in
                              self.model.named_modules() if isinstance(module, Dropout) and module.p}
 
     def logits(self, tokens, last, noise=None):
-        """Each seed's model on its own sentences: (S, B, T) to (S, B, last, V)."""
+        """Each seed's model on its own sentences: (S, B, T) to (S, B, last, V). Fewer than S take
+        the first seeds."""
         def one_seed(state, tokens):
             return functional_call(self.model, state, (tokens, last))
 
-        return vmap(one_seed)({**self.params, **self.buffers, **(noise or {})}, tokens)
+        state = {**self.params, **self.buffers, **(noise or {})}
+        return vmap(one_seed)({name: value[:len(tokens)] for name, value in state.items()}, tokens)
 
     def losses(self, sentences, last, noise=None):
         """NLL of the last tokens, each given those before it: (S, B, T + 1) to (S, B, last)."""
@@ -356,21 +492,16 @@ class Trainer:
         self.bad_epoch = self.bad_epoch.minimum(now)
 
     @torch.no_grad()
-    def in_parts(self, function, tokens):
-        """function(tokens) without gradients and dropout, some of the sentences at a time."""
-        return torch.cat([function(part) for part in tokens.split(self.EVALUATE, dim=1)], dim=1)
-
-    def predict(self, tokens, last):
-        """As logits, but without gradients and dropout."""
-        return self.in_parts(lambda part: self.logits(part, last), tokens)
-
     def evaluate(self):
         """The curves' next point."""
-        losses = self.in_parts(lambda part: self.losses(part, self.K)[..., 0], self.sentences)
-        losses = losses.clamp(max=NLL_CEILING)  # (S, sentences)
-        parts = losses[:, :self.train_count], losses[:, self.train_count:]
-        self.curves[:, self.evaluations] = torch.stack([part.mean(1) for part in parts])
-        self.note_bad(losses.sum(1))
+        losses = self.losses(self.sentences, self.K).clamp(max=NLL_CEILING)  # (S, sentences, K)
+        both = torch.stack([losses[..., self.datasets[0].graded], losses.sum(-1)])
+        parts = both[..., :self.train_count], both[..., self.train_count:]  # (2, S, sentences)
+        self.curves[:, :, self.evaluations] = torch.stack([part.mean(-1) for part in parts])
+        self.note_bad(losses.sum((1, 2)))
+        epoch = self.points[self.evaluations]
+        if epoch in self.frame_points:
+            self.frames.append((epoch, logit_matrices(self, seeds=1)))
         self.evaluations += 1
 
     def run(self, watch=lambda: None):
@@ -386,7 +517,8 @@ class Trainer:
     def state_dict(self):
         """All that the rest of the run depends on, as long as no loss has been NaN."""
         return {"counts": [self.steps, self.evaluations], "curves": self.curves,
-                "order": self.order, "params": {k: p.detach() for k, p in self.params.items()},
+                "frames": self.frames, "order": self.order,
+                "params": {name: tensor.detach() for name, tensor in self.params.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "generators": [g.get_state() for g in self.generators + self.noise_generators]}
 
@@ -398,6 +530,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.evaluations = state["counts"]
         self.curves.copy_(state["curves"])
+        self.frames = state["frames"]
         self.order = state["order"].to(self.curves.device)
         for generator, saved in zip(self.generators + self.noise_generators, state["generators"],
                                     strict=True):
@@ -418,72 +551,118 @@ def rank(logits, targets, alphabets):
     return 1 + (own > logits.gather(1, targets[:, None])).sum(1)
 
 
-def measure(trainer, datasets):
-    """Final metrics {"train_nll", ..., "validation_rank"}: each {"mean", "std", "per_seed"}.
+def spread(values):
+    """(S,) to {"mean", "std", "per_seed"}: how the results file gives a number of all seeds."""
+    values = values.detach().cpu().double()
+    return {"mean": values.mean().item(), "std": values.std(correction=0).item(),
+            "per_seed": values.tolist()}
 
-    NLL, accuracy (the likeliest of all tokens is right) and rank are of the entity's first token;
-    word_nll, for longer ones, sums over its tokens, each given those before. std is over the seeds.
+
+@torch.no_grad()
+def measure(trainer):
+    """The numbers of a run, as spread gives them: {"train_nll", ..., "validation_rank", ...}.
+
+    NLL and rank are of the answer's graded token, word_nll of a longer entity, which sums over its
+    tokens, each given those before. Accuracy: of all tokens the right ones are likeliest. margin:
+    the lowest validation NLL of the whole curve, less that of guessing among the alphabet. cosine:
+    the median size of the cosine of two token embeddings.
     """
-    K = trainer.K
-    alphabets = [data.alphabets.to(trainer.curves.device) for data in datasets]
-
-    def values(sentences):  # (S, B, T + 1) to (S, B, 4), the order that of the names below
-        logits, targets = trainer.logits(sentences[..., :-1], K), sentences[..., -K:]
-        losses = nll(logits, targets).clamp(max=NLL_CEILING)  # (S, B, K)
-        first, target = logits[:, :, 0], targets[..., 0]  # (S, B, V), (S, B)
-        ranks = torch.stack([rank(*seed) for seed in zip(first, target, alphabets, strict=True)])
-        return torch.stack([losses[..., 0], first.argmax(-1) == target, ranks, losses.sum(-1)], -1)
-
-    found = trainer.in_parts(values, trainer.sentences).cpu().double()
-    summary = {}
-    for part, rows in [("train", found[:, :trainer.train_count]),
-                       ("validation", found[:, trainer.train_count:])]:
-        for i, name in enumerate(["nll", "accuracy", "rank"] + ["word_nll"] * (K > 1)):
-            seeds = rows[..., i].mean(1)
-            summary[f"{part}_{name}"] = {"mean": seeds.mean().item(), "std": seeds.std(
-                correction=0).item(), "per_seed": seeds.tolist()}
+    K, graded = trainer.K, trainer.datasets[0].graded
+    targets = trainer.sentences[..., -K:]  # (S, sentences, K)
+    logits = trainer.logits(trainer.sentences[..., :-1], K)
+    losses = nll(logits, targets).clamp(max=NLL_CEILING)
+    alphabets = [data.alphabets.to(targets.device) for data in trainer.datasets]
+    found = {"nll": losses[..., graded],
+             "accuracy": (logits.argmax(-1) == targets).all(-1).float(),
+             "rank": torch.stack([rank(*seed) for seed in zip(
+                 logits[:, :, graded], targets[..., graded], alphabets, strict=True)]).float(),
+             **({"word_nll": losses.sum(-1)} if K > 1 else {})}  # each (S, sentences)
+    N = trainer.train_count
+    summary = {f"{part}_{name}": spread(value[:, rows].mean(1))
+               for part, rows in [("train", slice(N)), ("validation", slice(N, None))]
+               for name, value in found.items()}
+    summary["margin"] = spread(trainer.curves[1, 0].amin(0) - math.log(alphabets[0].shape[1]))
+    off = ~torch.eye(logits.shape[-1], dtype=torch.bool, device=targets.device)
+    summary["cosine"] = spread(torch.stack([matrix[off].abs().median()
+                                            for matrix in cosines(trainer)]))
     return summary
 
 
-def logit_matrices(trainer, datasets):
-    """Figure 2: {group: (S, n, n)}. Entry (i, j) is the logit of the entity (its first token) that
-    ends sentence j, when the model reads the entity that begins sentence i, alone."""
+@torch.no_grad()
+def answer(trainer, questions):
+    """The likeliest entity after each question, token by token: (S, B, T) to (S, B, K)."""
+    for _ in range(trainer.K):
+        best = trainer.logits(questions, 1).argmax(-1)  # (S, B, 1)
+        questions = torch.cat([questions, best], dim=2)
+    return questions[..., -trainer.K:]
+
+
+def chain_of_thought(trainer):
+    """Accuracy on the chain task's held-out triples: asked for C at once, "A ~>", and in two steps,
+    "A ->" and then "B ->" with the model's own B."""
+    K, asked = trainer.K, trainer.groups["validation_ac"]  # (S, B, T + 1): A ~> C
+    arrow = torch.full_like(asked[..., :1], FORWARD)
+    thought = answer(trainer, torch.cat([asked[..., :K], arrow], dim=2))
+    found = {"direct": answer(trainer, asked[..., :-K]),
+             "two_step": answer(trainer, torch.cat([thought, arrow], dim=2))}
+    return {f"{name}_accuracy": spread((answers == asked[..., -K:]).all(-1).double().mean(1))
+            for name, answers in found.items()}
+
+
+@torch.no_grad()
+def logit_matrices(trainer, seeds=None):
+    """Figure 2: {group: (S, n, n)}, or of the first `seeds` seeds. Entry (i, j) is the logit of the
+    entity (its graded token) that ends sentence j, after the entity alone that begins sentence i.
+    """
     matrices = {}
-    for group in datasets[0].groups:
-        sentences = torch.stack([data.groups[group] for data in datasets])  # (S, n, T + 1)
-        logits = trainer.predict(sentences[..., :trainer.K].to(trainer.curves.device), 1)[:, :, 0]
-        answers = sentences[:, None, :, -trainer.K]  # (S, 1, n)
-        matrices[group] = logits.cpu().take_along_dim(answers, dim=2)  # (S, n, V) to (S, n, n)
+    for group, sentences in trainer.groups.items():
+        sentences = sentences[:seeds]  # (S, n, T + 1)
+        logits = trainer.logits(sentences[..., :trainer.K], 1)[:, :, 0]
+        answers = sentences[:, None, :, trainer.datasets[0].graded - trainer.K]  # (S, 1, n)
+        matrices[group] = logits.take_along_dim(answers, dim=2)  # (S, n, V) to (S, n, n)
     return matrices
 
 
 def diagonal_means(matrices):
-    """{group: {"diagonal", "off_diagonal"}}: mean logit of the pairs, and of everything else."""
-    means = {}
+    """({group: {"diagonal", "off_diagonal"}}, contrast): mean logits of the pairs and of all else,
+    None if there is nothing else; and for each seed (S,) by how much a pair stands out where it is
+    asked, in units of how much it does in the held-out sentences that are trained."""
+    means, gaps = {}, {}
     for group, matrix in matrices.items():  # (S, n, n)
-        own = torch.eye(matrix.shape[1], dtype=torch.bool).expand_as(matrix)
-        off = matrix[~own].mean().item() if matrix.shape[1] > 1 else None
-        means[group] = {"diagonal": matrix[own].mean().item(), "off_diagonal": off}
-    return means
+        n, own = matrix.shape[1], matrix.diagonal(dim1=1, dim2=2).sum(1)
+        off = (matrix.sum((1, 2)) - own) / (n * n - n)  # NaN for a single pair
+        gaps[group] = own / n - off
+        means[group] = {"diagonal": (own / n).mean().item(),
+                        "off_diagonal": off.mean().item() if n > 1 else None}
+    *seen, unseen = [gap for group, gap in gaps.items() if group.startswith("validation")]
+    return means, unseen / (sum(seen) / len(seen))
 
 
-def examples(trainer, datasets, pairs=3):
-    """For a person: what the first seed was trained on, is asked, and answers (first tokens)."""
-    K, data, lines = trainer.K, datasets[0], []
-    for i in range(min(pairs, len(data.validation))):
-        for group, shown in [("validation_seen", 1), ("validation_unseen", 3)]:
-            sentences = torch.stack([data.groups[group][[i]] for data in datasets])  # (S, 1, T + 1)
-            logits = trainer.predict(sentences[..., :-K].to(trainer.curves.device), 1)[0, 0].cpu()
-            words = [data.names[token] for token in sentences[0, 0]]
-            target, p = sentences[0, 0, -K], logits[0].softmax(0)
-            best = p.topk(shown).indices
+def cosines(trainer):
+    """Figure 11: cosine similarity of all token embeddings, (S, V, V)."""
+    vectors = F.normalize(trainer.params["transformer.wte.weight"].detach(), dim=-1)  # (S, V, D)
+    return vectors @ vectors.mT
+
+
+@torch.no_grad()
+def examples(trainer, count=3):
+    """For a person: what the first seed was trained on, is asked, and answers (graded tokens)."""
+    data, lines = trainer.datasets[0], []
+    at = data.graded - data.answer_length  # of the graded token in a sentence
+    *trained, asked = [group for group in data.groups if group.startswith("validation")]
+    for i in range(min(count, len(data.validation))):
+        for group in [*trained, asked]:
+            logits = trainer.logits(trainer.groups[group][:1, [i], :at], 1)[0, 0].cpu()
+            sentence, p = data.groups[group][i], logits[0].softmax(0)
+            words, target = [data.names[token] for token in sentence], sentence[at]
+            best = p.topk(3 if group == asked else 1).indices
             grade = "right" if best[0] == target else (
-                f"wrong; {words[-K]} has p {p[target].item():.1g}, rank "
+                f"wrong; {words[at]} has p {p[target].item():.1g}, rank "
                 f"{rank(logits, target[None], data.alphabets).item()} of {data.alphabets.shape[1]}")
-            if group == "validation_seen":
+            if group in trained:
                 lines.append(f"  trained: {' '.join(words)}")
-            answer = ", ".join(f"{data.names[token]} (p {p[token]:.2g})" for token in best)
-            lines.append(f"    {' '.join(words[:-K])} ?  {answer}: {grade}")
+            shown = ", ".join(f"{data.names[token]} (p {p[token]:.2g})" for token in best)
+            lines.append(f"    {' '.join(words[:at])} ?  {shown}: {grade}")
     return lines
 
 
@@ -492,51 +671,162 @@ def examples(trainer, datasets, pairs=3):
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # colour-blind readers tell them apart
 
 
-def draw_curves(results):
-    """Figure 1: NLL of the trained sentences and of the unseen direction against the epoch."""
-    curves, config = results["curves"], results["config"]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, colour, label in [("train_nll", BLUE, "trained sentences"),
-                                ("validation_nll", ORANGE, "unseen direction")]:
-        seeds = np.array(curves[name])  # (S, points)
-        axes.fill_between(curves["epoch"], seeds.min(0), seeds.max(0), color=colour, alpha=0.25,
-                          linewidth=0)
-        axes.plot(curves["epoch"], seeds.mean(0), color=colour, linewidth=2, label=label)
-    for (name, value), style in zip(results["chance"].items(), ("--", ":"), strict=True):
-        axes.axhline(value, color=GREY, linestyle=style, label=f"chance, {name}: {value:.2f}")
-    axes.set(xlabel="epoch", ylabel="NLL of the right entity (nats)", ylim=(0, None))
+def draw_panel(axes, run, name):
+    """Figure 1: NLL (`name`: "nll", or "word_nll" of whole entities) of the trained and of the
+    unseen sentences against the epoch, with the level of two kinds of guessing."""
+    curves, epochs = run["curves"], run["curves"]["epoch"]
+    name = name if f"train_{name}" in curves else "nll"
+    for part, colour, width, label in [  # the first line can be seen below the second
+            ("train", BLUE, 3.5, "trained sentences"),
+            ("validation", ORANGE, 1.8, TASKS[run["command"]].unseen)]:
+        seeds = np.array(curves[f"{part}_{name}"])  # (S, points)
+        if len(seeds) > 1:
+            label += " (mean, lowest to highest)"
+            axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=colour, alpha=0.25, lw=0)
+        axes.plot(epochs, seeds.mean(0), color=colour, linewidth=width, label=label)
+    for kind, style, side in [("vocabulary", "--", "bottom"), ("alphabet", ":", "top")]:
+        chance = run["chance"][name.replace("nll", kind)]
+        axes.axhline(chance, color=GREY, linestyle=style, label=f"chance, {kind}")
+        axes.text(1.01, chance, f"{chance:.2f}", color=GREY, fontsize=8, verticalalignment=side,
+                  transform=axes.get_yaxis_transform())
+    what = "whole entity" if "word" in name else (
+        "first token" if run["config"].get("entity_length", 1) > 1 else "right entity")
+    axes.set(xlabel="epoch", ylabel=f"NLL of the {what} (nats)", ylim=(0, None))
     axes.margins(x=0)
-    many = f": mean of {len(seeds)} seeds, band from lowest to highest" if len(seeds) > 1 else ""
-    axes.set_title(f"Reversal task, V = {config['vocab']}, {config['layers']} layers, dim "
-                   f"{config['dim']}{many}", fontsize=10)
-    axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def describe(results, inches):
+    """The title of a picture so wide: what ran, and where that is not as in the paper."""
+    runs, config, words = results.get("runs", [results]), results["config"], []
+    flags = task_flags(runs[0]["command"], config.get("axis"))
+    for name, text in [("vocab", "V = {}"), ("layers", "{} layers"), ("dim", "dim {}"),
+                       ("epochs", "{} epochs"), ("lr", "lr {}"), ("seeds", "{} seeds")]:
+        values = {run["config"][name] for run in runs}
+        if len(values) == 1:
+            *_, paper, _ = flags[name]
+            usual = "" if paper in (None, *values) else f" (paper: {paper})"
+            words.append(text.format(*values) + usual)
+    what = f"{TASKS[runs[0]['command']].title} task"
+    if "axis" in config:
+        *_, usual = AXES[config["axis"]]
+        usual = "" if usual.split() == config["values"] else f" (paper: {usual})"
+        what += f", {config['axis']} {', '.join(config['values'])}{usual}"
+    return textwrap.fill(f"{what}: {', '.join(words)}", int(13 * inches))
+
+
+def draw_curves(results):
+    """Figures 1, 3, 5 to 10: a panel for each run; for long entities also of the whole entity."""
+    runs = results.get("runs", [results])
+    names = ["nll"] + ["word_nll"] * any("train_word_nll" in run["curves"] for run in runs)
+    if runs[0]["config"].get("related_tokens"):  # whose first token is always the same
+        names = ["word_nll"]
+    panels = [(run, name) for name in names for run in runs]
+    columns = len(runs) if len(runs) < 5 else 3
+    rows, width = math.ceil(len(panels) / columns), max(7, 3.2 * columns)
+    figure = Figure(figsize=(width, 1.5 + 2.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels):]:
+        axes.remove()
+    for axes, (run, name) in zip(grid.flat, panels, strict=False):
+        draw_panel(axes, run, name)
+        if "value" in run:
+            axes.set_title(f"{results['config']['axis']} {run['value']}", fontsize=10)
+    figure.suptitle(describe(results, width), fontsize=10)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=4 if width > 9 else 2, frameon=False, fontsize=9)
     return figure
+
+
+def draw_maps(figure, results, matrices, low, high):
+    """The heat maps of Figures 2 and 4 on one colour scale: their images."""
+    maps = TASKS[results["command"]].maps
+    grid, images = figure.subplots(2, len(maps) // 2), []
+    for axes, (name, title) in zip(grid.flat, maps.items(), strict=True):
+        images.append(axes.imshow(matrices[name], vmin=low, vmax=high, cmap="magma"))
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel="answer j", ylabel="question i")
+        axes.locator_params(nbins=4, integer=True, min_n_ticks=1)
+        questions, answers = zip(*results.get("names", {}).get(name, [("", "")]), strict=True)
+        if 1 < len(questions) <= 40 or questions[0]:
+            axes.set_xticks(range(len(answers)), answers, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(questions)), questions, fontsize=7)
+    figure.colorbar(images[0], ax=grid, shrink=0.6, extend="min" if low == 0 else "neither",
+                    label="logit of answer j after question i")
+    return images
 
 
 def draw_weights(results, matrices):
-    """Figure 2: four matrices of logits on one colour scale. The curse is the missing diagonal."""
-    titles = {"train_forward": "complete pairs, A -> B: trained",
-              "train_backward": "complete pairs, B <- A: trained",
-              "validation_seen": "held-out pairs, the trained direction",
-              "validation_unseen": "held-out pairs, the unseen direction"}
-    low, high = (f([f(matrices[name]) for name in titles]) for f in (np.min, np.max))
-    figure = Figure(figsize=(8, 7.4), layout="constrained")
-    grid = figure.subplots(2, 2)
-    for axes, (name, title) in zip(grid.flat, titles.items(), strict=True):
-        image = axes.imshow(matrices[name], vmin=low, vmax=high, cmap="magma")
+    """Figures 2 and 4: logits after an entity alone. The curse is the missing diagonal."""
+    low, high = (f([f(matrix) for matrix in matrices.values()]) for f in (np.min, np.max))
+    figure = Figure(figsize=(2 * len(matrices), 7.8), layout="compressed")
+    for name, image in zip(matrices, draw_maps(figure, results, matrices, low, high), strict=True):
         means = results["weights"][name]
         off = "" if means["off_diagonal"] is None else f", {means['off_diagonal']:.1f} off it"
-        axes.set_title(f"{title}\nmean logit {means['diagonal']:.1f} on the diagonal{off}",
-                       fontsize=10)
-        axes.set(xlabel="answer of pair j", ylabel="question of pair i")
-        axes.locator_params(nbins=6, integer=True, min_n_ticks=1)
-    figure.colorbar(image, ax=grid, shrink=0.6, label="logit of answer j after question i")
-    seeds = len(results["curves"]["train_nll"])
+        image.axes.set_title(f"{image.axes.get_title()}\nmean logit {means['diagonal']:.1f} on the "
+                             f"diagonal{off}", fontsize=9)
+    seeds = results["config"]["seeds"]
     figure.suptitle("Logits of the first seed" + f"; the means are over all {seeds}" * (seeds > 1),
                     fontsize=11)
     return figure
+
+
+def draw_cosines(results, matrices):
+    """Figure 11: cosine similarities of the token embeddings, which are nearly orthogonal."""
+    width = max(6, 1.5 + 3.6 * len(matrices))
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
+    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, run, matrix in zip(grid, results.get("runs", [results]), matrices, strict=True):
+        image = axes.imshow(matrix.astype(np.float32), vmin=-1, vmax=1, cmap="RdBu_r")
+        axes.set_title(f"{run['config']['layers']} layers, dim {run['config']['dim']}\nmedian size "
+                       f"off the diagonal {run['summary']['cosine']['mean']:.3f}", fontsize=9)
+        axes.set(xlabel="token id", ylabel="token id")
+    figure.colorbar(image, ax=grid, shrink=0.7, label="cosine of two token embeddings")
+    figure.suptitle(f"Token embeddings of the first seed\n{describe(results, width)}", fontsize=10)
+    return figure
+
+
+def draw_animation(results, frames, epochs, file):
+    """The heat maps over the training beside the curve, as a GIF."""
+    curves, high = results["curves"], max(frame.max() for frame in frames.values())
+    figure = Figure(figsize=(4.4 + 1.4 * len(frames), 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1 + 1.4 * len(frames), 4))
+    images = draw_maps(left, results, {name: frame[0] for name, frame in frames.items()}, 0, high)
+    axes = right.subplots()
+    draw_panel(axes, results, "nll")
+    right.legend(loc="outside lower center", frameon=False, fontsize=8)
+    marker, = axes.plot([], [], "o", color="black", markersize=6)
+    means = [np.mean(curves[f"{part}_nll"], axis=0) for part in ("train", "validation")]
+    with tempfile.TemporaryDirectory() as folder:
+        path, writer = Path(folder, "frames.gif"), PillowWriter(fps=4)
+        with writer.saving(figure, path, dpi=180 / math.sqrt(len(frames))):
+            for i, epoch in [*enumerate(epochs), *[(-1, epochs[-1])] * 6]:  # the end stays a while
+                for image, frame in zip(images, frames.values(), strict=True):
+                    image.set_data(frame[i])
+                now = curves["epoch"].index(epoch)
+                marker.set_data([epoch, epoch], [mean[now] for mean in means])
+                figure.suptitle(f"{TASKS[results['command']].title} task after epoch {epoch}",
+                                fontsize=11)
+                writer.grab_frame()
+                figure.set_layout_engine("none")  # what was laid out stays where it is
+        file.write(path.read_bytes())
+
+
+def draw(stem, results, arrays):
+    """All pictures of a run: {path: function that writes the open file}."""
+    figures = {"": draw_curves(results)}
+    if "runs" not in results and (names := TASKS[results["command"]].maps):
+        figures["_weights"] = draw_weights(results, {name: arrays[name] for name in names})
+    if cosine := [array for name, array in arrays.items() if name.startswith("cosine")]:
+        figures["_cosine"] = draw_cosines(results, cosine)
+    files = {stem.with_name(f"{stem.name}{suffix}.png"):
+             functools.partial(figure.savefig, format="png", dpi=150)
+             for suffix, figure in figures.items()}
+    if "frame_epochs" in arrays:
+        frames = {name: arrays[f"frames_{name}"].astype(np.float32) for name in names}
+        files[stem.with_suffix(".gif")] = functools.partial(
+            draw_animation, results, frames, arrays["frame_epochs"].tolist())
+    return files
 
 
 # ---------------------------------------------------------------------------------------- Running
@@ -571,12 +861,10 @@ def write_files(writers):
             written.unlink(missing_ok=True)
 
 
-def draw(stem, results, matrices):
-    """All pictures of a run: {path: function that writes the open file}."""
-    figures = {"": draw_curves(results), "_weights": draw_weights(results, matrices)}
-    return {stem.with_name(f"{stem.name}{suffix}.png"):
-            functools.partial(figure.savefig, format="png", dpi=150)
-            for suffix, figure in figures.items()}
+def difference(config, theirs):
+    """The first flag that makes this run another than theirs; None if they are the same."""
+    return next((name for name, value in config.items() if name not in (
+        "resume", "quiet", "out") and theirs.get(name) != value), None)
 
 
 def read_checkpoint(path, config):
@@ -591,33 +879,50 @@ def read_checkpoint(path, config):
         if zipfile.ZipFile(path).testzip():  # torch.load would not notice a flipped bit
             raise ValueError("damaged")
         saved = dict(torch.load(path, map_location="cpu", weights_only=True))
-        theirs, _, _ = dict(saved["config"]), saved["trainer"], 0.0 + saved["seconds"]
+        theirs, _ = dict(saved["config"]), (saved["trainer"], 0.0 + saved["seconds"])
+        saved["done"] = list(saved["done"])
     except Exception:  # whatever a damaged file leads to
         raise Problem(f"--resume: {path} is not a checkpoint that can be read; delete it to start "
                       "from the beginning") from None
-    for name, value in config.items():
-        if name not in ("resume", "quiet", "out") and theirs.get(name) != value:
-            raise Problem(f"{flag(config, name)}: the checkpoint {path} is of a run with "
-                          f"{flag(theirs, name)}; go on with that, or without --resume")
+    if name := difference(config, theirs):
+        raise Problem(f"{flag(config, name)}: the checkpoint {path} is of a run with "
+                      f"{flag(theirs, name)}; go on with that, or without --resume")
     return saved
 
 
 class Watch:
     """What goes on around training: progress line, checkpoints, Ctrl-C, an end to NaN.
 
-    Call it after each step, within `with`. There the first Ctrl-C waits for the step to end, saves
-    and stops, or, once the training is over, lets the results be written; the second stops at once.
-    `seconds` were spent before, if the trainer goes on from a checkpoint.
+    Let it `start` a Run, and call it after each step, within `with`. There the first Ctrl-C waits
+    for the step to end, saves and stops, or, once the training is over, lets the results be
+    written; the second stops at once. `done` has (results, arrays) of the runs that are over.
     """
 
-    def __init__(self, trainer, path, config, seconds=0.0):
-        self.trainer, self.path, self.config = trainer, path, config
-        now = time.monotonic()
-        self.started = now - seconds
-        self.next_look, self.next_save = now, now + CHECKPOINT_SECONDS
-        self.tenth = max(1, trainer.epochs // 10) * trainer.steps_per_epoch
+    def __init__(self, path, config):
+        self.path, self.config, self.saved = path, config, read_checkpoint(path, config)
+        self.done = self.saved["done"] if self.saved else []
+        self.owns_checkpoint = bool(self.saved)
         self.interrupted, self.in_place = False, sys.stdout.isatty()
-        self.owns_checkpoint = trainer.steps > 0
+
+    def start(self, run):
+        """The Trainer of this Run, watched from now on. The first goes on from the checkpoint."""
+        self.run, saved, self.saved = run, self.saved, None
+        self.label = "" if run.value is None else f"{self.config['axis']} {run.value}: "
+        data, size = run.datasets[0], run.config["parameters"]
+        # A weight comes with its gradient and two moments, each of 4 bytes.
+        self.size = f"{size:,} parameters and {16 * size / 1e6:,.1f} MB to train them"
+        print(f"{self.label}{len(data.train)} training and {len(data.validation)} validation "
+              f"sentences; for each seed {self.size}")
+        now = self.next_look = self.started = time.monotonic()
+        self.next_save = now + CHECKPOINT_SECONDS
+        self.trainer = trainer = make_trainer(run)
+        if saved and saved["trainer"]:
+            trainer.load_state_dict(saved["trainer"])
+            self.started -= saved["seconds"]
+            print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
+        parts = 1 if self.label else 10  # each has a line where lines cannot be rewritten
+        self.part = max(1, trainer.epochs // parts) * trainer.steps_per_epoch
+        return trainer
 
     def seconds(self):
         """Time since the training began, with that of the runs which this one continues."""
@@ -631,15 +936,20 @@ class Watch:
         self.handler = signal.signal(signal.SIGINT, interrupt)
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, kind, error, _):
         signal.signal(signal.SIGINT, self.handler)
         if error and self.in_place:
             print()
+        if isinstance(error, RuntimeError) and any(  # CUDA's OutOfMemoryError is one
+                words in str(error).lower() for words in ("out of memory", "alloc")):
+            names = "seeds", "batch_size", "layers", "dim", "vocab"
+            raise Problem(f"out of memory: each seed has {self.size}, and its activations on top; "
+                          f"lower {', '.join(flag(self.run.config, name) for name in names)}", 1)
 
     def __call__(self):
-        now, tenth = time.monotonic(), self.trainer.steps % self.tenth == 0
-        if tenth or now >= self.next_look:
-            self.look(tenth)
+        now, part = time.monotonic(), self.trainer.steps % self.part == 0
+        if part or now >= self.next_look:
+            self.look(part)
             self.next_look = now + LOOK_SECONDS
         if now >= self.next_save or self.interrupted:
             self.save()
@@ -647,44 +957,43 @@ class Watch:
             raise Problem(f"interrupted; what is done is in {self.path}: go on with the same "
                           "command and --resume", 130)
 
-    def look(self, tenth=False):
+    def look(self, part=False):
         """Read the numbers from the device: stop at NaN, print the progress line."""
         trainer, broken = self.trainer, self.trainer.bad_epoch.tolist()
         if min(broken) < math.inf:
             seeds = [str(self.config["seed"] + s) for s, epoch in enumerate(broken)
                      if epoch < math.inf]
-            raise Problem(f"the loss is not finite since epoch {min(broken):.0f}, seed "
+            raise Problem(f"{self.label}the loss is not finite since epoch {min(broken):.0f}, seed "
                           f"{', '.join(seeds)}: try a smaller --lr than {self.config['lr']}", 1)
-        if self.config["quiet"] or not (self.in_place or tenth):
+        if self.config["quiet"] or not (self.in_place or part):
             return
-        train, validation = trainer.curves[:, trainer.evaluations - 1].mean(1).tolist()
-        seconds = self.seconds()
-        speed = trainer.steps / trainer.steps_per_epoch / seconds  # epochs a second
-        left = trainer.epochs / speed - seconds
-        line = (f"epoch {trainer.steps // trainer.steps_per_epoch}/{trainer.epochs}  NLL: train "
-                f"{train:.4f}, validation {validation:.3f}  {len(broken) * speed:.3g} "
-                f"seed-epochs/s  {left:.0f} s left")
+        train, validation = trainer.curves[:, 0, trainer.evaluations - 1].mean(1).tolist()
+        epoch = trainer.steps / trainer.steps_per_epoch
+        speed = epoch / self.seconds()  # epochs a second
+        line = (f"{self.label}epoch {int(epoch)}/{trainer.epochs}  NLL: train {train:.4f}, "
+                f"validation {validation:.3f}  {len(broken) * speed:.3g} seed-epochs/s  "
+                f"{(trainer.epochs - epoch) / speed:.0f} s left")
         if self.in_place:  # at full width, to wipe out what stood there
             width = shutil.get_terminal_size().columns - 1
             line = f"\r{line[:width]:<{width}}"
         print(line, end="" if self.in_place else "\n", flush=True)
 
-    def save(self):
-        """Write the checkpoint; a large one less often, to take less than a tenth of the time."""
+    def save(self, over=False):
+        """Write the checkpoint; a large one less often, to take less than a tenth of the time. Of a
+        run that is over the results suffice."""
         self.look()  # NaN is not worth keeping
         began = time.monotonic()
-        content = {"config": self.config, "seconds": self.seconds(),
-                   "trainer": self.trainer.state_dict()}
+        content = {"config": self.config, "done": self.done, "seconds": self.seconds(),
+                   "trainer": None if over else self.trainer.state_dict()}
         if self.path.exists() and not self.owns_checkpoint:  # another run's: keep it
-            written = int(self.path.stat().st_mtime)
+            written = self.path.stat().st_mtime_ns
             os.replace(self.path, self.path.with_suffix(f".{written}.pt"))
         try:
             write_files({self.path: lambda file: torch.save(content, file)})
         except (OSError, RuntimeError) as error:
             raise Problem(f"cannot write the checkpoint {self.path} ({error})", 1) from None
         self.owns_checkpoint = True
-        took = time.monotonic() - began
-        self.next_save = began + CHECKPOINT_SECONDS + 11 * took
+        self.next_save = began + CHECKPOINT_SECONDS + 11 * (time.monotonic() - began)
 
 
 # --------------------------------------------------------------------------------------- Commands
@@ -693,13 +1002,10 @@ class Watch:
 def number(kind, allowed, rule):
     """An argparse type: a number that keeps the rule; `allowed` says in words which those are."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # keeps no rule
-        if not rule(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-        return value
+        with contextlib.suppress(ValueError):
+            if rule(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
 
     return parse
 
@@ -710,34 +1016,32 @@ RATE = number(float, "a number above 0", lambda x: 0 < x < math.inf)
 DECAY = number(float, "a number from 0 up", lambda x: 0 <= x < math.inf)
 SHARE = number(float, "a number from 0 up and below 1", lambda x: 0 <= x < 1)
 
-# Flags by purpose: (name, type or choices, laptop preset, paper preset, help). A subcommand takes
-# the groups that it needs. Where the paper has no value, the laptop's holds for both.
+# (name, type or choices, laptop preset, paper preset or None if it is the same, help); "also": what
+# the paper tried beside its default.
 FLAGS = {
     "data": [
-        ("vocab", COUNT, 800, 800, "entity tokens, a quarter for A, a quarter for B; also "
-         "tried: 20, 50, 200, 2000"),
-        ("entity-length", COUNT, 1, 1, "tokens of an entity; also tried: 2, 3"),
-        ("complete", COUNT, None, None, "pairs trained in both directions [paper: 70 % of the "
-         "pairs, 100 for entity length 3]"),
-        ("held-out", COUNT, None, None, "pairs trained in one direction and validated in the other "
-         "[paper: 30 % of the pairs, 50 for entity length 3]")],
+        ("vocab", COUNT, 800, 800, "entity tokens, 1/4 to an alphabet; also 20, 50, 200, 2000"),
+        ("entity-length", COUNT, 1, 1, "tokens of an entity; also 2, 3"),
+        ("complete", COUNT, None, None, "pairs, triples, or for icl B's of an A, trained in full; "
+         "else 70 %, 100 of entity length 3, 200 of related tokens"),
+        ("held-out", COUNT, None, None, "those of which one sentence is asked, not trained; else "
+         "30 %, 50 of entity length 3, 50 of related tokens"),
+        ("related-tokens", bool, False, None, "entities a i, b i, c i that share tokens"),
+        ("facts", Path, None, None, "your own pairs: a file of lines A<TAB>B; sets --vocab")],
     "model": [
-        ("layers", COUNT, 2, 24, "blocks; also tried: 1"),
+        ("layers", COUNT, 2, 24, "blocks; also 1"),
         ("heads", COUNT, 4, 12, "attention heads"),
-        ("dim", COUNT, 64, 768, "embedding dimension; also tried: 20"),
+        ("dim", COUNT, 64, 768, "embedding dimension; also 20"),
         ("position", ["none", "absolute", "relative"], "absolute", "absolute",
          "none, learned (absolute) or rotary (relative); all tried"),
         ("dropout", SHARE, 0.0, 0.1, "share of the activations zeroed in training"),
-        ("freeze-embeddings", bool, False, None, "leave token and position embeddings as they are "
-         "drawn [paper: learned; also tried: frozen]"),
-        ("tie-embeddings", bool, False, None, "use the token embedding as output matrix [paper: "
-         "not tied]")],
+        ("freeze-embeddings", bool, False, None, "do not train them [paper: off; also on]"),
+        ("tie-embeddings", bool, False, None, "output matrix is the token embedding [paper: off]")],
     "training": [
-        ("epochs", COUNT, 80, 3000, "passes over the training sentences"),
+        ("epochs", COUNT, None, 3000, "passes over the training sentences"),
         ("batch-size", COUNT, 64, 64, "sentences a step"),
         ("lr", RATE, 0.01, 0.01, "learning rate of AdamW"),
-        ("betas", SHARE, [0.9, 0.999], None, "AdamW's decay rates of the two moments [paper: 0.9 "
-         "0.999]"),
+        ("betas", SHARE, [0.9, 0.999], None, "decay rates of its moments [paper: 0.9 0.999]"),
         ("weight-decay", DECAY, 0.01, 0.01, "of AdamW; the authors' 0.9 never reaches theirs"),
         ("loss", ["entity", "sequence"], "entity", "entity", "on the last entity or all tokens"),
         ("seeds", COUNT, 10, 10, "how many seeds train at once"),
@@ -745,9 +1049,42 @@ FLAGS = {
     "running": [
         ("device", ["auto", "cpu", "cuda", "mps"], "auto", None, "auto is cuda if there, else cpu"),
         ("out", Path, Path("figures"), None, "directory of the results [figures]"),
+        ("cosine", bool, False, None, "also the cosine similarities of the token embeddings"),
+        ("animate", bool, False, None, "also the heat maps over the training, as a GIF"),
         ("resume", bool, False, None, "go on from the checkpoint of an interrupted run"),
         ("quiet", bool, False, None, "print no progress line")],
 }
+ONLY = {"entity-length": ("reversal", "chain"), "related-tokens": ("chain",),
+        "facts": ("reversal",), "animate": ("reversal", "chain")}  # flags of these tasks alone
+# Defaults that a task, ablate or an axis of ablate has for itself: (laptop preset, paper preset).
+DEFAULTS = {
+    "chain": {"epochs": (140, 3000)},
+    "icl": {"vocab": (400, 400), "complete": (7, 7), "held-out": (3, 3), "epochs": (40, 3000)},
+    "ablate": {"seeds": (3, 10), "vocab": (400, 800), "epochs": (160, 3000), "lr": (0.003, 0.01)},
+    "vocab": {"epochs": (None, 3000)},
+    "entity-length": {"vocab": (200, 800), "epochs": (300, 3000)},
+    "related-tokens": {"vocab": (800, 800)},
+}
+# What ablate varies: the flags that a value sets, the values of the laptop and the paper preset.
+AXES = {
+    "vocab": ("--vocab {}", "20 50 200 2000", "20 50 200 2000"),
+    "entity-length": ("--entity-length {}", "2 3", "2 3"),
+    "layers": ("--layers {}", "1 2 4 8", "1 12 24"),
+    "heads": ("--heads {}", "1 2 4 8", "1 6 12"),
+    "position": ("--position {}", "none absolute relative", "none absolute relative"),
+    "embeddings": ("{}", "learned frozen tied", "learned frozen tied"),
+    "size": ("--cosine --heads 4 --layers {} --dim {}", "1x20 1x256 12x20", "1x20 1x768 24x20"),
+    "related-tokens": ("--related-tokens --complete {}", *["10 20 50 100 200 500"] * 2),
+}
+EMBEDDINGS = {"learned": "", "frozen": "--freeze-embeddings", "tied": "--tie-embeddings"}
+
+
+def task_flags(task, axis=None):
+    """FLAGS as a task has them, with the defaults that it and the axis of ablate have:
+    {name: (title, type, laptop preset, paper preset, help)}."""
+    own = DEFAULTS.get(task, {}) | (DEFAULTS["ablate"] if axis else {}) | DEFAULTS.get(axis, {})
+    return {name: (title, kind, *own.get(name, presets), text) for title, rows in FLAGS.items()
+            for name, kind, *presets, text in rows if task in ONLY.get(name, (task,))}
 
 
 class Parser(argparse.ArgumentParser):
@@ -757,63 +1094,85 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def add_flags(parser, groups, preset):
-    """Add --preset and these groups of FLAGS, with the preset's values as defaults."""
-    parser.add_argument("--preset", choices=["laptop", "paper"], default="laptop",
-                        help="values of the flags that are not given [laptop]")
-    for title in groups:
-        group = parser.add_argument_group(title)
-        for name, kind, laptop, paper, text in FLAGS[title]:
+def build_parser():
+    """The command line. Flags that are not given are None."""
+    parser = Parser(prog="revcurse.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                    epilog="Start with: python revcurse.py reversal")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = {name: commands.add_parser(name, help=text, description=run.__doc__, allow_abbrev=False)
+             for name, (run, text) in COMMANDS.items()}
+    added["plot"].add_argument("results", type=Path, nargs="+", metavar="FILE.json",
+                               help="results, with their .npz beside them")
+    added["ablate"].add_argument("axis", choices=AXES, metavar="AXIS", help=", ".join(AXES))
+    added["ablate"].add_argument("--task", choices=["reversal", "chain"],
+                                 help="[reversal; for related-tokens chain]")
+    added["ablate"].add_argument("--values", nargs="+", metavar="X",
+                                 help="what to try instead of the paper's, for size LAYERSxDIM")
+    for task in TASKS:
+        added[task].add_argument("--preset", choices=["laptop", "paper"], default="laptop",
+                                 help="values of the flags that are not given [laptop]")
+        groups = {title: added[task].add_argument_group(title) for title in FLAGS}
+        for name, (title, kind, laptop, paper, text) in task_flags(task).items():
             options = {"type": kind, "metavar": "X", "nargs": 2 if name == "betas" else None}
             if kind is bool:
-                options = {"action": "store_true"}
+                options = {"action": "store_const", "const": True}
             elif isinstance(kind, list):
                 options = {"choices": kind}
             if paper is not None:
-                text += f" [paper: {paper}]" if laptop == paper else (
-                    f" [laptop: {laptop}, paper: {paper}]")
-            default = laptop if paper is None or preset == "laptop" else paper
-            group.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"),
-                               **options)
-
-
-def build_parser(preset):
-    """The command line, with the defaults of this preset."""
-    parser = Parser(prog="revcurse.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                    epilog="Start with: python revcurse.py reversal")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="reversal|plot")
-    for name, run in [("reversal", reversal_command), ("plot", plot_command)]:
-        command = commands.add_parser(name, help=run.__doc__.split(".")[0], allow_abbrev=False,
-                                      description=run.__doc__)
-        command.set_defaults(run=run, preset=None)
-        if run is plot_command:
-            command.add_argument("results", type=Path, nargs="+", metavar="FILE.json",
-                                 help="results, with their .npz beside them")
-        else:
-            add_flags(command, FLAGS, preset)
+                usual = "" if laptop == paper else f"laptop: {laptop or '80, or 480 steps'}, "
+                text += f" [{usual}paper: {paper}]"
+            groups[title].add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
     return parser
 
 
+def parse(argv, axis=None):
+    """The arguments of a command line, with the defaults of its preset (and of an axis of ablate).
+    In `rest`, ablate and all have the flags that they hand on to the tasks."""
+    parser = build_parser()
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and args.command not in ("ablate", "all"):
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    for name, (_, _, laptop, paper, _) in task_flags(args.command, axis).items():
+        name = name.replace("-", "_")
+        if getattr(args, name, 0) is None:
+            setattr(args, name, laptop if args.preset == "laptop" or paper is None else paper)
+    return args
+
+
 def choose_device(wanted):
-    """(device, why this one). Raises Problem if the wanted one is not here."""
+    """auto is a CUDA GPU if there is one. Raises Problem if the wanted device is not here."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
-    if wanted == "auto":
-        return ("cuda", torch.cuda.get_device_name()) if here["cuda"] else ("cpu", "no CUDA GPU")
+            "cpu": True, "auto": True}
     if not here[wanted]:
         raise Problem(f"--device {wanted}: torch {torch.__version__} finds none here; allowed: "
-                      f"auto, {', '.join(name for name in here if here[name])}")
-    return wanted, "as asked"
+                      f"{', '.join(name for name in here if here[name])}")
+    return ("cuda" if here["cuda"] else "cpu") if wanted == "auto" else wanted
 
 
-def check_directory(path):
-    """Find out before any work whether results can be written here."""
+def read_facts(path):
+    """The pairs of names (A, B) in a file, one pair a line with a tab between."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise Problem(f"--out {path}: not a directory that can be written to "
-                      f"({error.strerror})") from None
+        raise Problem(f"--facts {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[:error.start].count(b"\n")
+        raise Problem(f"--facts {path}: line {line} is not UTF-8 text") from None
+    facts, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        names = tuple(name.strip() for name in line.split("\t"))
+        if len(names) != 2 or not all(names):
+            raise Problem(f"--facts {path}: line {number} is not two names with a tab between")
+        for name in names:
+            if name in seen:
+                raise Problem(f"--facts {path}: line {number} repeats {name!r} of line "
+                              f"{seen[name]}; each name is a token of its own")
+            seen[name] = number
+        facts.append(names)
+    if len(facts) < 4:
+        raise Problem(f"--facts {path}: {len(facts)} pairs, on lines up to {len(facts)}; 4 or more "
+                      "are needed")
+    return facts
 
 
 def make_model(config, data, generator=None):
@@ -827,124 +1186,214 @@ def make_model(config, data, generator=None):
     return model
 
 
-def prepare(args, make_data):
-    """Flags to (config: every flag's final value, data sets, generators). Prints the configuration;
-    raises Problem if flags do not fit together. make_data(generator) is the data set of a seed."""
-    config = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+class Run(NamedTuple):
+    """One training: what a command line of a task asks for."""
+
+    command: str  # of TASKS
+    value: str | None  # in a sweep
+    config: dict  # every flag's final value
+    datasets: list[Dataset]
+    generators: list[torch.Generator]
+
+
+def flag_values(args):
+    """Flags as the results file has them: {name: value}."""
+    return {name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items() if name not in ("command", "rest")}
+
+
+def prepare(args, value=None):
+    """The Run of a task's command line. Raises Problem if flags do not fit together."""
     generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.seeds)]
+    facts = read_facts(args.facts) if getattr(args, "facts", None) else None
+    if facts and args.entity_length > 1:
+        raise Problem(f"--entity-length {args.entity_length}: with --facts a name is one token")
+    config = flag_values(args) | ({"vocab": 4 * len(facts)} if facts else {})
+    make = TASKS[args.command].data
+    options = {name: config[name] for name in inspect.signature(make).parameters if name in config}
     try:
-        datasets = [make_data(generator) for generator in generators]
+        datasets = [make(config["vocab"], **options, generator=g) for g in generators]
         with torch.device("meta"):  # all that the model checks, and none of its memory
             size = sum(weight.numel() for weight in make_model(config, datasets[0]).parameters())
     except ValueError as error:  # it begins with the parameter, which is named as the flag
         raise Problem(f"--{error}") from None
+    if facts:
+        datasets = [name_pairs(data, facts, g) for data, g in zip(datasets, generators,
+                                                                  strict=True)]
     counts = [len(sentences) for sentences in datasets[0].groups.values()]
-    config["complete"], config["held_out"] = counts[0], counts[-1]
-    config["device"], why = choose_device(args.device)
-    check_directory(args.out)
-    config["out"] = str(args.out)
-    # A weight comes with its gradient and two moments, each of 4 bytes.
-    args.size = f"{size:,} parameters and {16 * size / 1e6:,.1f} MB to train them"
-    print(f"device: {config['device']} ({why})")
-    print(textwrap.fill(", ".join(flag(config, name)[2:] for name in config),
-                        shutil.get_terminal_size((100, 24)).columns, break_on_hyphens=False))
-    print(f"{len(datasets[0].train)} training and {len(datasets[0].validation)} validation "
-          f"sentences; for each seed {args.size}")
-    return config, datasets, generators
+    steps = math.ceil(len(datasets[0].train) / args.batch_size)  # of an epoch
+    config |= {"complete": args.complete or counts[0], "held_out": args.held_out or counts[-1],
+               "epochs": args.epochs or max(80, math.ceil(480 / steps)),
+               "device": choose_device(args.device), "parameters": size}
+    return Run(args.command, value, config, datasets, generators)
 
 
-def make_trainer(config, datasets, generators, checkpoint):
-    """(The trainer that the flags describe, seconds spent before), from the checkpoint if resumed.
-    """
-    saved = read_checkpoint(checkpoint, config)
-    trainer = Trainer(
-        [make_model(config, *seed) for seed in zip(datasets, generators, strict=True)],
-        datasets, generators,
+def plan(args):
+    """What a command line asks for: (name of its files, configuration, its Runs). A value of ablate
+    is a command line as well: the task's, with the value's flags at the end."""
+    if args.command in TASKS:
+        run = prepare(args)
+        related = "-related-tokens" if run.config.get("related_tokens") else ""
+        return args.command + related, run.config, [run]
+    form, laptop, paper = AXES[args.axis]
+    task = args.task or ("chain" if args.axis == "related-tokens" else "reversal")
+    base = parse([task, *args.rest], args.axis)
+    if args.axis == "vocab" and getattr(base, "facts", None):
+        raise Problem(f"--facts {base.facts}: sets --vocab, which this would vary")
+    values = args.values or (paper if base.preset == "paper" else laptop).split()
+    runs = []
+    for value in values:
+        parts = value.split("x") if args.axis == "size" else [value]
+        if args.axis == "embeddings":
+            parts = [EMBEDDINGS[value]] if value in EMBEDDINGS else []
+        if len(parts) != form.count("{}"):
+            raise Problem(f"--values {value}: not one for {args.axis}, such as {laptop}")
+        flags = form.format(*parts).split()
+        runs.append(prepare(parse([task, *args.rest, *flags], args.axis), value))
+    config = {**flag_values(base), "axis": args.axis, "values": values,
+              "device": runs[0].config["device"]}
+    return f"ablate-{'chain-' if task == 'chain' else ''}{args.axis}", config, runs
+
+
+def make_trainer(run):
+    """The trainer that the flags describe."""
+    config = run.config
+    return Trainer(
+        [make_model(config, *seed) for seed in zip(run.datasets, run.generators, strict=True)],
+        run.datasets, run.generators,
         lambda params: torch.optim.AdamW(
             params, lr=config["lr"], betas=config["betas"], weight_decay=config["weight_decay"],
             fused=config["device"] != "mps"),  # which old versions of torch lack
         epochs=config["epochs"], batch_size=config["batch_size"], loss=config["loss"],
-        device=config["device"])
-    if saved is None:
-        return trainer, 0.0
-    trainer.load_state_dict(saved["trainer"])
-    print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
-    return trainer, saved["seconds"]
+        device=config["device"], animate=config.get("animate", False))
+
+
+def collect(run, trainer, seconds):
+    """(Content of the results file, {name: matrix of the first seed} for the .npz)."""
+    config, data, arrays, K = run.config, run.datasets[0], {}, trainer.K
+    train, validation = trainer.curves.transpose(2, 3).tolist()  # each (2, S, points)
+    chance = {"vocabulary": math.log(len(data.names)),
+              "alphabet": math.log(data.alphabets.shape[1])}
+    results = {} if run.value is None else {"value": run.value}
+    results |= {
+        "command": run.command, "config": config,
+        "environment": {"python": platform.python_version(), "torch": str(torch.__version__),
+                        "numpy": np.__version__, "device": config["device"]},
+        "counts": {"train": len(data.train), "validation": len(data.validation)},
+        "chance": chance, "summary": measure(trainer),
+        "curves": {"epoch": trainer.points, "train_nll": train[0], "validation_nll": validation[0]},
+        "seconds": seconds}
+    if K > 1:
+        results["curves"] |= {"train_word_nll": train[1], "validation_word_nll": validation[1]}
+        chance |= {"word_vocabulary": K * chance["vocabulary"],
+                   "word_alphabet": (K - data.graded) * chance["alphabet"]}
+    if run.command == "chain":
+        results["summary"] |= chain_of_thought(trainer)
+    if TASKS[run.command].maps:
+        matrices = logit_matrices(trainer)
+        results["weights"], contrast = diagonal_means(matrices)
+        if contrast.isfinite().all():
+            results["summary"]["contrast"] = spread(contrast)
+        arrays |= {name: matrix[0] for name, matrix in matrices.items()}
+    if config["cosine"]:
+        arrays["cosine"] = cosines(trainer)[0].half()
+    if trainer.frames:
+        epochs, frames = zip(*trainer.frames, strict=True)
+        arrays |= {"frame_epochs": torch.tensor(epochs), **{
+            f"frames_{name}": torch.cat([frame[name] for frame in frames]).clamp(min=0).half()
+            for name in frames[0]}}
+    if config.get("facts"):
+        results["names"] = {group: [[data.names[s[0]], data.names[s[-1]]] for s in sentences]
+                            for group, sentences in data.groups.items()}
+    return results, {name: array.cpu() for name, array in arrays.items()}
 
 
 def report(results):
-    """Print the table, and one sentence on whether the curse was seen."""
-    summary, chance = results["summary"], results["chance"]["alphabet"]
-    titles = "NLL", "accuracy", f"rank of {math.exp(chance):.0f}"
-    print("\nmean (std)  " + "".join(f"{title:^20}" for title in titles))
+    """Print the table, and a sentence on whether the curse was seen."""
+    summary, chance, task = results["summary"], results["chance"], TASKS[results["command"]]
+    word = "word_" if "train_word_nll" in summary else ""
+    titles = {"accuracy": "accuracy", "nll": "NLL",
+              "rank": f"rank of {math.exp(chance['alphabet']):.0f}"}
+    if word:
+        titles |= {"nll": "NLL, one token", "word_nll": "NLL, whole entity"}
+    print("\nmean (std)  " + "".join(f"{title:^20}" for title in titles.values()))
     for part in ("train", "validation"):
-        cells = [summary[f"{part}_{name}"] for name in ("nll", "accuracy", "rank")]
-        cells = ["{mean:.3f} ({std:.3f})".format(**cell) for cell in cells]
+        cells = ["{mean:.3f} ({std:.3f})".format(**summary[f"{part}_{name}"]) for name in titles]
         print(f"{part:12}" + "".join(f"{cell:^20}" for cell in cells))
     trained, unseen, loss = (summary[name]["mean"] for name in (
-        "train_accuracy", "validation_accuracy", "validation_nll"))
-    verdict = "The reversal curse" if unseen < 0.1 and loss > chance else "No clear curse"
-    right = "right" if results["config"]["entity_length"] == 1 else "right in their first token"
+        "train_accuracy", "validation_accuracy", f"validation_{word}nll"))
+    guess = chance[f"{word}alphabet"]
+    verdict = (task.curse if unseen < 0.1 and loss > guess else "No curse" if unseen > 0.9
+               else "No clear curse")
     print(f"\n{verdict if trained > 0.99 else 'Not learned yet'}: {trained:.1%} of the trained "
-          f"sentences are answered {right} and {unseen:.1%} of their unseen reversals, with an "
-          f"NLL of {loss:.2f} where guessing has {chance:.2f}.\n")
+          f"sentences are answered right and {unseen:.1%} of the {task.unseen}, with an NLL of "
+          f"{loss:.2f} where guessing has {guess:.2f}.")
+    if "two_step_accuracy" in summary:
+        direct, steps = (summary[f"{name}_accuracy"]["mean"] for name in ("direct", "two_step"))
+        print(f'Chain of thought: asked "A ~>" at once, {direct:.1%} of the held-out triples are '
+              f'answered right; in two steps, "A ->" and then "B ->" with its own B, {steps:.1%}.')
+    print(task.note)
 
 
-def collect(command, config, trainer, datasets, matrices, seconds):
-    """The content of the results file."""
-    train_nll, validation_nll = trainer.curves.transpose(1, 2).tolist()  # (2, S, points)
-    return {
-        "command": command,
-        "config": config,
-        "environment": {"python": platform.python_version(), "torch": torch.__version__,
-                        "numpy": np.__version__, "device": config["device"]},
-        "counts": {"train": len(datasets[0].train), "validation": len(datasets[0].validation)},
-        "chance": {"vocabulary": math.log(len(datasets[0].names)),
-                   "alphabet": math.log(datasets[0].alphabets.shape[1])},
-        "summary": measure(trainer, datasets),
-        "weights": diagonal_means(matrices),
-        "curves": {"epoch": trainer.points, "train_nll": train_nll,
-                   "validation_nll": validation_nll},
-        "seconds": seconds,
-    }
-
-
-def reversal_command(args):
-    """Figures 1 and 2: train "A -> B", ask "B <-". Some pairs are trained in both directions, of
-    the others one direction is trained and the other asked. Writes reversal.json, reversal.npz
-    (the first seed's heat maps), reversal.png and reversal_weights.png."""
-    config, datasets, generators = prepare(args, lambda generator: reversal_data(
-        args.vocab, args.entity_length, args.complete, args.held_out, generator))
-    stem = Path(config["out"]) / args.command
+def carry_out(name, config, runs):
+    """Train the Runs of a plan, write NAME.json, NAME.npz and the pictures: the results."""
+    stem = Path(config["out"]) / name
     checkpoint = stem.with_suffix(".pt")
-    trainer, seconds = make_trainer(config, datasets, generators, checkpoint)
-    with Watch(trainer, checkpoint, config, seconds) as watch:
-        trainer.run(watch)
-        watch.look()
-        matrices = logit_matrices(trainer, datasets)
-        results = collect(args.command, config, trainer, datasets, matrices, watch.seconds())
-        first = {group: matrix[0].numpy() for group, matrix in matrices.items()}
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=stem.parent).close()
+    except OSError as error:
+        raise Problem(f"--out {stem.parent}: not a directory that can be written to "
+                      f"({error.strerror})") from None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU here"
+    print(f"device: {config['device']} ({gpu})")
+    print(textwrap.fill(", ".join(flag(config, name)[2:] for name in config),
+                        shutil.get_terminal_size((100, 24)).columns, break_on_hyphens=False))
+    began = time.monotonic()
+    with Watch(checkpoint, config) as watch:
+        for run in runs[len(watch.done):]:
+            trainer = watch.start(run)
+            trainer.run(watch)
+            watch.look()
+            watch.done.append(collect(run, trainer, watch.seconds()))
+            if len(watch.done) < len(runs):
+                watch.save(over=True)
+        results, arrays = watch.done[0]
+        if "axis" in config:
+            results = {"command": "ablate", "config": config,
+                       "runs": [results for results, _ in watch.done]}
+            arrays = {f"cosine_{run.value}": arrays["cosine"]
+                      for run, (_, arrays) in zip(runs, watch.done, strict=True)
+                      if run.config["cosine"]}
+        arrays = {name: array.numpy() for name, array in arrays.items()}
         text = json.dumps(results, indent=1, allow_nan=False)
-        files = {**draw(stem, results, first),
+        files = {**draw(stem, results, arrays),
                  stem.with_suffix(".json"): lambda file: file.write(text.encode()),
-                 stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **first)}
+                 stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **arrays)}
         write_files(files)
         if watch.owns_checkpoint:  # another run's is left alone
             for file in (checkpoint, *stem.parent.glob(f".{checkpoint.name}.*.tmp")):
                 file.unlink(missing_ok=True)  # also what a kill has left half-written
-    print("\nHeld-out pairs of the first seed:", *examples(trainer, datasets), sep="\n")
-    report(results)
-    print("wrote", ", ".join(map(str, files)))
+    if "axis" not in config:
+        print("\nHeld-out facts of the first seed:", *examples(trainer), sep="\n")
+        report(results)
+    print(f"wrote {', '.join(map(str, files))} in {time.monotonic() - began:.1f} s")
+    return results
+
+
+def run_command(args):
+    """Train what the flags describe, and draw it."""
+    carry_out(*plan(args))
 
 
 def plot_command(args):
-    """Draw the pictures of results files again. They are written beside them; nothing is trained.
-    """
+    """Draw the pictures of results files again, beside them. Nothing is trained."""
     for path in args.results:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
             with open(path.with_suffix(".npz"), "rb") as file:
-                pictures = draw(path.with_suffix(""), results, np.load(file, allow_pickle=False))
+                arrays = dict(np.load(file, allow_pickle=False))
+            pictures = draw(path.with_suffix(""), results, arrays)
             write_files(pictures)
         except Exception as error:  # a strange file can go wrong in every way
             if getattr(error, "strerror", None):
@@ -954,30 +1403,94 @@ def plot_command(args):
         print("wrote", ", ".join(map(str, pictures)))
 
 
-def parse(argv=None):
-    """The arguments of a command line, with the defaults of its preset."""
-    args = build_parser("laptop").parse_args(argv)
-    return build_parser("paper").parse_args(argv) if args.preset == "paper" else args
+EVERYTHING = ["reversal --animate --cosine", "chain --animate", "chain --related-tokens", "icl",
+              *(f"ablate {axis} --task {task}" for task in ("reversal", "chain") for axis in AXES
+                if task == "chain" or axis != "related-tokens")]
+# A claim in words, and the range that it allows to numbers of the summary.
+CURSE = "the trained sentences are learned, the unseen never better than chance", {
+    "train_accuracy": (0.99, math.inf), "margin": (0, math.inf)}
+DIAGONAL = "no diagonal where the pairs are unseen", {"contrast": (-0.1, 0.1)}
+CLAIMS = [  # figure of the paper, results, what must be seen
+    ("1", "reversal", *CURSE), ("2", "reversal", *DIAGONAL),
+    ("3", "chain", *CURSE), ("4", "chain", *DIAGONAL),
+    ("Section 5", "chain", "C is reached by way of B, not at once", {
+        "direct_accuracy": (-math.inf, 0.1), "two_step_accuracy": (0.9, math.inf)}),
+    *((figure, f"ablate-{axis}", *CURSE) for figure, axis in [
+        ("5", "vocab"), ("6, 7, 9", "layers"), ("6, 7, 9", "heads"), ("6, 7, 9", "position"),
+        ("6, 7, 9", "embeddings"), ("8", "entity-length"), ("10", "size")]),
+    ("11", "ablate-size", "token embeddings are nearly orthogonal", {
+        "cosine": (-math.inf, 0.2)}),
+    ("12 on", "icl", "no curse where the answer is in the context", {
+        "validation_accuracy": (0.9, math.inf)}),
+    *(("12 on", f"ablate-chain-{axis}", *CURSE) for axis in AXES if axis != "related-tokens")]
+
+
+def check_claims(found):
+    """Each of CLAIMS beside found = {name: results}: {"figure", "results", "claim", "measured",
+    "holds"}. Measured is the mean over the seeds, of the run that is worst for the claim."""
+    claims = []
+    for figure, name, claim, ranges in CLAIMS:
+        runs, measured, holds = found[name].get("runs", [found[name]]), {}, True
+        for key, (low, high) in ranges.items():
+            means = [run["summary"][key]["mean"] for run in runs if run.get("value") != "tied"]
+            measured[key] = min(means, key=lambda mean: min(mean - low, high - mean))
+            holds = holds and low <= measured[key] <= high
+        claims.append({"figure": figure, "results": name, "claim": claim, "measured": measured,
+                       "holds": holds})
+    return claims
+
+
+def claims_table(claims):
+    """The claims as a table in Markdown."""
+    lines = ["| figure | results | what must be seen | measured | seen |", "|---|---|---|---|---|"]
+    for *words, measured, holds in map(dict.values, claims):
+        numbers = ", ".join(f"{key} {value:.3f}" for key, value in measured.items())
+        lines.append(f"| {' | '.join([*words, numbers, 'yes' if holds else '**no**'])} |")
+    return "\n".join(lines)
+
+
+def all_command(args):
+    """Draw every figure of the paper, and print a table of what must be seen and what was measured.
+    Flags go to each command. With --resume, results that are there with the same flags are kept."""
+    plans = [plan(parse([*line.split(), *args.rest])) for line in EVERYTHING]
+    began, found, out = time.monotonic(), {}, Path(plans[0][1]["out"])
+    for name, config, runs in plans:
+        path = out / f"{name}.json"
+        with contextlib.suppress(Exception):  # what is missing or damaged is made again
+            results = json.loads(path.read_text(encoding="utf-8"))
+            if config["resume"] and not difference(config, results["config"]):
+                found[name] = results
+                print(f"{path} is there")
+        if name not in found:
+            found[name] = carry_out(name, config, runs)
+    claims = check_claims(found)
+    text = json.dumps({"command": "all", "config": {"flags": args.rest}, "claims": claims,
+                       "seconds": time.monotonic() - began}, indent=1)
+    write_files({out / "all.json": lambda file: file.write(text.encode())})
+    print(f"\n{claims_table(claims)}\n\nwrote {out / 'all.json'}")
+
+
+COMMANDS = {
+    "reversal": (run_command, "Figures 1 and 2: train A -> B, ask B <-"),
+    "chain": (run_command, "Figures 3 and 4: train A -> B and B -> C, ask A ~>"),
+    "icl": (run_command, "in-context reversal: where the curse does not appear"),
+    "ablate": (run_command, "Figures 5 to 11: one training for each value of a setting"),
+    "all": (all_command, "every figure, and a table of what was seen"),
+    "plot": (plot_command, "draw again from the saved results"),
+}
 
 
 def main(argv=None):
     """Run a command line; returns the exit status."""
     args = parse(argv)
     try:
-        args.run(args)
+        command, _ = COMMANDS[args.command]
+        command(args)
         return 0
     except Problem as problem:
         message, status, *_ = *problem.args, 2
     except OSError as error:  # a full disk, say
         message, status = f"a file could not be written: {error}", 1
-    except RuntimeError as error:  # of which CUDA's OutOfMemoryError is a kind
-        if not any(words in str(error).lower() for words in ("out of memory", "alloc")):
-            raise
-        names = "seeds", "batch_size", "layers", "dim", "vocab", "entity_length"
-        needs = getattr(args, "size", "its sentences")  # set once the sentences are there
-        message = (f"out of memory: each seed has {needs}, and its activations on top; lower "
-                   f"{', '.join(flag(vars(args), name) for name in names)}")
-        status = 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     print(f"revcurse.py {args.command}: error: {message}", file=sys.stderr)

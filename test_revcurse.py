@@ -15,13 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and may share the cores
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import revcurse
-from revcurse import GPT, Trainer, main, nll, rank, reversal_data
+from revcurse import GPT, Trainer, chain_data, icl_data, main, nll, rank, reversal_data
 
 HERE = Path(__file__).parent
 TINY = ["--vocab", "24", "--layers", "1", "--heads", "2", "--dim", "16", "--epochs", "12",
@@ -103,6 +106,97 @@ def test_data_names_and_groups():
     seen, unseen = data.groups["validation_seen"], data.groups["validation_unseen"]
     assert torch.equal(seen[:, [0, 2]], unseen[:, [2, 0]])  # row by row the same pair
     assert torch.equal(torch.cat([data.groups[g] for g in list(data.groups)[:3]]), data.train)
+
+
+# vocab, entity length, complete (None: not related): training and validation sentences
+CHAINS = {(800, 1, None): (540, 60), (20, 1, None): (14, 1), (800, 2, None): (1080, 120),
+          (800, 3, None): (400, 50), (800, 2, 200): (700, 50),
+          **{(800, 2, n): (3 * n + 100, 50) for n in (10, 20, 50, 100, 500)}}
+
+
+@pytest.mark.parametrize("size", CHAINS, ids=str)
+def test_chain_data_is_the_papers(size):
+    vocab, k, related = size
+    g = torch.Generator().manual_seed(1)
+    data = (chain_data(vocab, k, generator=g) if related is None else
+            chain_data(vocab, complete=related, related_tokens=True, generator=g))
+    assert data.answer_length == k
+    assert (len(data.train), len(data.validation)) == CHAINS[size]
+    train = {(tuple(s[:k]), s[k], tuple(s[k + 1:])) for s in data.train.tolist()}
+    asked = {(tuple(s[:k]), s[k], tuple(s[k + 1:])) for s in data.validation.tolist()}
+    assert len(train) == len(data.train) and len(asked) == len(data.validation)
+    assert not train & asked
+    step = {left: right for left, arrow, right in train if arrow == 0}
+    implied = {(left, right) for left, arrow, right in train | asked if arrow == 1}
+    # Every A has its two steps trained, and its A ~> C trained or asked: two steps lead there.
+    assert implied == {(a, step[step[a]]) for a in step if step[a] in step}
+    tokens = [set(), set(), set()]
+    for a, c in implied:
+        for alphabet, entity in zip(tokens, (a, step[a], c), strict=True):
+            alphabet |= set(entity)
+            assert min(entity) >= 2 and max(entity) < vocab + 2
+    if related is None:
+        assert not tokens[0] & tokens[1] and not tokens[1] & tokens[2] and not tokens[0] & tokens[2]
+    else:
+        fixed = {(a[0], step[a][0], c[0]) for a, c in implied}
+        assert len(fixed) == 1 and len(set(*fixed)) == 3
+        assert all(a[1] == step[a][1] == c[1] not in set(*fixed) for a, c in implied)
+        assert data.graded == 1
+
+
+def test_icl_data_is_the_papers():
+    data = icl_data(generator=torch.Generator().manual_seed(1))
+    assert (len(data.train), len(data.validation), len(data.names)) == (700, 300, 403)
+    assert data.train.shape[1] == 7
+    pairs = {"train": set(), "validation": set()}
+    for part, sentences in data.groups.items():
+        for a, forward, b, same, b2, backward, a2 in sentences.tolist():
+            assert (forward, backward, same, a, b) == (0, 1, 2, a2, b2) and min(a, b) > 2
+            pairs[part].add((a, b))
+    assert len(pairs["train"]) == 700 and len(pairs["validation"]) == 300
+    both = pairs["train"] | pairs["validation"]
+    assert len(both) == 1000  # no pair is in both
+    letters_a, letters_b = {a for a, _ in both}, {b for _, b in both}
+    assert len(letters_a) == 100 and len(letters_b) == 10 and not letters_a & letters_b
+    for a in letters_a:
+        assert sum(pair[0] == a for pair in pairs["train"]) == 7
+    assert sorted(data.alphabets.flatten().tolist()) == sorted(letters_a)
+
+
+def test_names_of_chain_and_icl():
+    def words(data, group):
+        return [[data.names[t] for t in s] for s in data.groups[group].tolist()]
+
+    g = torch.Generator().manual_seed(0)
+    chain = chain_data(24, generator=g)
+    assert words(chain, "train_ab")[1] == ["A1", "->", "B1"]
+    assert words(chain, "validation_ac")[0] == ["A4", "~>", "C4"]
+    related = chain_data(24, complete=4, held_out=2, related_tokens=True, generator=g)
+    assert words(related, "validation_bc")[0] == ["b", "i4", "->", "c", "i4"]
+    a, forward, b, same, b2, backward, a2 = words(icl_data(40, generator=g), "train")[7]
+    assert (a, forward, same, backward, a2) == ("A1", "->", "<=>", "<-", "A1") and b == b2
+
+
+@pytest.mark.parametrize("facts", [[(f"capital {i}", f"country {i}") for i in range(6)],
+                                   [(f"B{i}", f"A{i}") for i in range(6)]], ids=["plain", "ours"])
+def test_names_of_the_users_pairs(facts):
+    drawn = set()
+    for g in generators(0, 1, 2):
+        data = revcurse.name_pairs(reversal_data(24, generator=g), facts, g)
+        pairs = [(data.names[s[0]], data.names[s[2]]) for s in data.train.tolist() if s[1] == 0]
+        pairs += [(data.names[s[2]], data.names[s[0]]) for s in data.train.tolist() if s[1] == 1]
+        assert set(pairs) == set(facts)
+        drawn.add(data.names[data.validation[0, 0]])
+    assert len(drawn) > 1  # not the same pair is held out for every seed
+
+
+@pytest.mark.parametrize("make, name", [
+    (lambda: reversal_data(7), "vocab 7"), (lambda: chain_data(7), "vocab 7"),
+    (lambda: chain_data(100, related_tokens=True), "vocab 100"),
+    (lambda: icl_data(12), "vocab 12"), (lambda: reversal_data(24, 1, 6, 1), "complete 6")])
+def test_data_errors_begin_with_the_parameter(make, name):
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        make()
 
 
 # ------------------------------------------------------------------------------------------ Model
@@ -246,6 +340,7 @@ class Table(nn.Module):
     def __init__(self, table):
         super().__init__()
         self.table = nn.Parameter(table)
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(26, 4)})  # for its cosines alone
 
     def forward(self, tokens, last):
         return self.table[tokens[..., -last:]]
@@ -291,24 +386,44 @@ def test_measure_and_matrices_on_a_model_set_by_hand():
     trainer, data = table_trainer(table)
     for a, _, b in data.groups["train_forward"].tolist():
         trainer.params["table"].data[0, a, b] = 7.0
-    matrices = revcurse.logit_matrices(trainer, [data])
+    matrices = revcurse.logit_matrices(trainer)
     assert torch.equal(matrices["train_forward"][0], 7 * torch.eye(4))
     assert torch.equal(matrices["train_backward"][0], torch.zeros(4, 4))
-    means = revcurse.diagonal_means(matrices)
+    means, _ = revcurse.diagonal_means(matrices)
     assert means["train_forward"] == {"diagonal": 7.0, "off_diagonal": 0.0}
 
     target = data.validation[0, 2]  # after both arrows the table now says this token, surely
     trainer.params["table"].data[0, :2, target] = 200.0
-    measured = revcurse.measure(trainer, [data])
+    trainer.params["transformer.wte.weight"].data[:] = 1.0
+    trainer.params["transformer.wte.weight"].data[:, 1::2, 0] = -1.0  # cosines of 1 and of a half
+    trainer.evaluate()
+    trainer.evaluate()
+    measured = revcurse.measure(trainer)
     hits = data.train[:, 2] == target
-    assert measured["train_accuracy"]["mean"] == hits.double().mean()
+    assert measured["train_accuracy"]["mean"] == pytest.approx(hits.double().mean().item())
     assert measured["validation_accuracy"]["per_seed"] == [1 / len(data.validation)]
     ceiling = -math.log(1e-50)  # every other answer has NLL 200, clipped
-    assert measured["train_nll"]["mean"] == pytest.approx(ceiling * (~hits).double().mean())
+    expected = ceiling * (~hits).double().mean().item()
+    assert measured["train_nll"]["mean"] == pytest.approx(expected)
+    assert measured["margin"]["mean"] == pytest.approx(
+        trainer.curves[1, 0, 0, 0].item() - math.log(6))
+    assert measured["cosine"]["mean"] == pytest.approx(0.5)
     other = (data.alphabets == target).any(1).nonzero().item()
     in_alphabet = torch.isin(data.train[:, 2], data.alphabets[other])
     expected = torch.where(in_alphabet & ~hits, 2.0, 1.0).mean()  # one token of its own is better
     assert measured["train_rank"]["mean"] == pytest.approx(expected.item())
+
+
+def test_contrast_by_hand():
+    seen, unseen = torch.full((2, 3, 3), 1.0), torch.full((2, 3, 3), 5.0)
+    seen[0] += 8 * torch.eye(3)
+    seen[1] += 4 * torch.eye(3)
+    unseen[0] += 2 * torch.eye(3)
+    unseen[1] -= torch.eye(3)
+    means, contrast = revcurse.diagonal_means({
+        "train_forward": seen, "validation_seen": seen, "validation_unseen": unseen})
+    assert means["validation_unseen"] == {"diagonal": 5.5, "off_diagonal": 5.0}
+    assert contrast.tolist() == [0.25, -0.25]
 
 
 def test_word_nll_is_the_sum_over_the_tokens():
@@ -317,9 +432,89 @@ def test_word_nll_is_the_sum_over_the_tokens():
     log_p = table.log_softmax(-1)
     words = [-(log_p[s[2], s[3]] + log_p[s[3], s[4]]) for s in data.validation]
     firsts = [-log_p[s[2], s[3]] for s in data.validation]
-    measured = revcurse.measure(trainer, [data])
+    right = [s[3] == log_p[s[2]].argmax() and s[4] == log_p[s[3]].argmax() for s in data.train]
+    trainer.evaluate()
+    measured = revcurse.measure(trainer)
     assert measured["validation_word_nll"]["mean"] == pytest.approx(np.mean(words), rel=1e-5)
     assert measured["validation_nll"]["mean"] == pytest.approx(np.mean(firsts), rel=1e-5)
+    assert measured["train_accuracy"]["mean"] == pytest.approx(np.mean(right))
+    curves = trainer.curves[1, :, 0, 0].tolist()
+    assert curves == pytest.approx([np.mean(firsts), np.mean(words)], rel=1e-5)
+
+
+class Lookup(nn.Module):
+    """A model set by hand: the logits after "entity arrow" are in a table[arrow, entity]."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, tokens, last):
+        return self.table[tokens[:, -1], tokens[:, -2]][:, None]
+
+
+def test_chain_of_thought_by_hand():
+    g = generators(0)
+    data = chain_data(40, generator=g[0])  # 10 triples, 3 of them held out
+    table = torch.zeros(2, 42, 42)
+    a, b, c = (data.groups[f"validation_{step}"][:, end] for step, end in
+               [("ab", 0), ("ab", 2), ("bc", 2)])
+    table[0, a, b] = 1.0
+    table[0, b, c] = 1.0
+    table[0, a[0], b[1]] = 2.0  # A0 -> B1, which leads to C1
+    table[0, b[2], b[2]] = 3.0  # B2 -> B2
+    table[1, a[0], c[0]] = 1.0  # A0 ~> C0 at once
+    table[1, a[1], b[1]] = 1.0
+    table[1, a[2], c[2]] = 1.0
+    trainer = Trainer([Lookup(table)], [data], g, adamw, epochs=1)
+    found = revcurse.chain_of_thought(trainer)
+    assert found["direct_accuracy"]["mean"] == pytest.approx(2 / 3)  # the first and the last
+    assert found["two_step_accuracy"]["mean"] == pytest.approx(1 / 3)  # the middle one
+    answers = revcurse.answer(trainer, torch.stack([a, torch.zeros(3, dtype=int)], 1)[None])
+    assert answers[0, :, 0].tolist() == [b[1], b[1], b[2]]
+
+
+def test_answers_of_several_tokens_against_a_loop():
+    g = generators(0, 1)
+    data = [chain_data(24, 2, generator=gen) for gen in g]
+    models = [GPT(26, 4, 2, 2, 16, generator=gen) for gen in g]
+    trainer = Trainer([copy.deepcopy(m) for m in models], data, g, adamw, epochs=1)
+    questions = trainer.groups["validation_ac"][..., :3]
+    found = revcurse.answer(trainer, questions)
+    for model, asked, answers in zip(models, questions, found, strict=True):
+        for question, words in zip(asked.tolist(), answers.tolist(), strict=True):
+            for _ in range(2):
+                question = question + [model(torch.tensor(question))[-1].argmax().item()]
+            assert question[3:] == words
+
+
+def test_cosines_by_hand():
+    trainer, _ = tiny_trainer(0, 1)
+    trainer.params["transformer.wte.weight"].data[1, :2] = torch.tensor(
+        [[3.0, 4.0] + [0.0] * 14, [4.0, 3.0] + [0.0] * 14])
+    cosine = revcurse.cosines(trainer)
+    assert cosine.shape == (2, 26, 26)
+    assert cosine[1, 0, 1].item() == pytest.approx(24 / 25)
+    assert torch.allclose(cosine.diagonal(dim1=1, dim2=2), torch.ones(2, 26))
+
+
+def test_frames_are_the_heat_maps_of_their_epochs():
+    still, moving = tiny_trainer(0, 1, epochs=60)[0], tiny_trainer(0, 1, epochs=60, animate=True)[0]
+    seen = {}
+
+    def watch():
+        if moving.steps % moving.steps_per_epoch == 0:
+            epoch = moving.steps // moving.steps_per_epoch
+            seen[epoch] = revcurse.logit_matrices(moving)
+
+    moving.run(watch)
+    still.run()
+    assert torch.equal(still.curves, moving.curves) and not still.frames  # looking changes nothing
+    epochs = [epoch for epoch, _ in moving.frames]
+    assert epochs[0] == 0 and epochs[-1] == 60 and 20 <= len(epochs) <= 26
+    for epoch, frame in moving.frames[1:]:
+        for group, matrix in frame.items():
+            torch.testing.assert_close(matrix, seen[epoch][group][:1])
 
 
 def test_training_all_seeds_at_once_against_one_plain_loop_each():
@@ -348,7 +543,7 @@ def test_training_all_seeds_at_once_against_one_plain_loop_each():
                 optimizer.step()
         for name, weight in model.named_parameters():
             torch.testing.assert_close(trainer.params[name][s], weight, atol=1e-9, rtol=1e-9)
-        for curve, sentences in zip(trainer.curves, (data[s].train, data[s].validation),
+        for curve, sentences in zip(trainer.curves[:, 0], (data[s].train, data[s].validation),
                                     strict=True):
             p = model(sentences[:, :2])[:, 1].softmax(-1)
             p_right = p[torch.arange(len(p)), sentences[:, 2]]
@@ -383,7 +578,7 @@ def test_dropout_is_at_work_in_training_only(loss):
     first, second = (trainer.losses(trainer.sentences, trainer.P, trainer.draw_noise(12))
                      for _ in range(2))
     assert not torch.equal(first, second)
-    assert torch.equal(*(trainer.predict(trainer.sentences[..., :-1], 1) for _ in range(2)))
+    assert torch.equal(*(trainer.logits(trainer.sentences[..., :-1], 1) for _ in range(2)))
     trainer.run()
     assert not torch.equal(before["lm_head.weight"], trainer.params["lm_head.weight"])
 
@@ -395,14 +590,14 @@ def test_evaluation_does_not_change_training():
         trainer.run()
     for name, weight in often.params.items():
         assert torch.equal(weight, seldom.params[name])
-    assert torch.equal(often.curves[:, -1], seldom.curves[:, 1])
+    assert torch.equal(often.curves[:, :, -1], seldom.curves[:, :, 1])
 
 
 def test_curves_have_the_promised_points():
     trainer, _ = tiny_trainer(0, epochs=3)
     assert trainer.points == [0, 1, 2, 3]
     trainer.run()
-    assert (trainer.curves[:, 0] - math.log(26)).abs().max() < 0.05
+    assert (trainer.curves[:, 0, 0] - math.log(26)).abs().max() < 0.05
     points = tiny_trainer(0, epochs=3000)[0].points
     assert points[0] == 0 and points[-1] == 3000 and len(points) == 101
     assert np.diff(points).tolist() == [30] * 100
@@ -438,15 +633,16 @@ def test_the_curse(tmp_path, capsys):
     assert "trained: A18 -> B18" in printed or "trained: B18 <- A18" in printed
     results = json.loads((tmp_path / "a/reversal.json").read_text())
 
-    assert list(results) == ["command", "config", "environment", "counts", "chance", "summary",
-                             "weights", "curves", "seconds"]
+    assert set(results) == {"command", "config", "environment", "counts", "chance", "summary",
+                            "weights", "curves", "seconds"}
     assert results["counts"] == {"train": 43, "validation": 7}
     assert results["chance"] == {"vocabulary": math.log(102), "alphabet": math.log(25)}
     assert results["config"]["complete"] == 18 and results["config"]["held_out"] == 7
     assert set(results["environment"]) == {"python", "torch", "numpy", "device"}
     summary = results["summary"]
-    assert set(summary) == {f"{part}_{name}" for part in ("train", "validation")
-                            for name in ("nll", "accuracy", "rank")}
+    assert set(summary) == {"margin", "cosine", "contrast"} | {
+        f"{part}_{name}" for part in ("train", "validation")
+        for name in ("nll", "accuracy", "rank")}
     for values in summary.values():
         assert values["mean"] == pytest.approx(np.mean(values["per_seed"]))
         assert values["std"] == pytest.approx(np.std(values["per_seed"]))
@@ -488,6 +684,259 @@ def test_the_curse(tmp_path, capsys):
             "validation_unseen": (7, 7)}
 
 
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def pictures(folder):
+    return {path.name for path in folder.iterdir() if path.suffix in (".png", ".gif")}
+
+
+def test_chain_command(tmp_path, capsys):
+    argv = ["chain", "--vocab", "60", "--layers", "1", "--heads", "2", "--dim", "32", "--epochs",
+            "150", "--seeds", "2", "--animate", "--cosine", "--lr", "0.005"]
+    assert run_in(tmp_path, *argv) == 0
+    printed = capsys.readouterr().out
+    assert "Weights are intransitive: 100.0% of the trained" in printed
+    assert 'in two steps, "A ->" and then "B ->" with its own B, 100.0%.' in printed
+    assert pictures(tmp_path) == {"chain.png", "chain_weights.png", "chain_cosine.png", "chain.gif"}
+    results = read(tmp_path, "chain")
+    assert results["summary"]["two_step_accuracy"]["per_seed"] == [1.0, 1.0]
+    assert results["summary"]["direct_accuracy"]["mean"] < 0.2
+    assert abs(results["summary"]["contrast"]["mean"]) < 0.3
+    assert list(results["weights"]) == [f"{part}_{step}" for part in ("train", "validation")
+                                        for step in ("ab", "bc", "ac")]
+    with Image.open(tmp_path / "chain.gif") as gif:
+        assert 20 <= gif.n_frames <= 27
+    assert (tmp_path / "chain.gif").stat().st_size < 3e6
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in pictures(tmp_path):
+        (tmp_path / path).unlink()
+    assert main(["plot", str(tmp_path / "chain.json")]) == 0
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_related_tokens_have_results_of_their_own(tmp_path, capsys):
+    assert run_in(tmp_path, "chain", "--related-tokens", "--complete", "4", "--held-out", "2",
+                  *TINY) == 0
+    results = read(tmp_path, "chain-related-tokens")
+    assert pictures(tmp_path) == {"chain-related-tokens.png", "chain-related-tokens_weights.png"}
+    assert results["chance"]["alphabet"] == results["chance"]["word_alphabet"] == math.log(6)
+    assert {"direct_accuracy", "two_step_accuracy", "train_word_nll"} <= set(results["summary"])
+
+
+def test_icl_has_no_curse(tmp_path, capsys):
+    assert run_in(tmp_path, "icl", "--vocab", "40", "--layers", "2", "--heads", "2", "--dim", "32",
+                  "--epochs", "60", "--seeds", "2", "--lr", "0.005", "--batch-size", "16") == 0
+    results = read(tmp_path, "icl")
+    assert results["counts"] == {"train": 70, "validation": 30}
+    assert (results["config"]["complete"], results["config"]["held_out"]) == (7, 3)
+    assert results["summary"]["validation_accuracy"]["per_seed"] == [1.0, 1.0]
+    printed = capsys.readouterr().out
+    assert "No curse: 100.0%" in printed and "stands in the context" in printed
+    assert pictures(tmp_path) == {"icl.png"}
+
+
+SWEEPS = {"vocab": "24 32", "entity-length": "2 3", "layers": "1 2", "heads": "1 4",
+          "position": "none relative", "embeddings": "learned frozen tied", "size": "1x8 2x12",
+          "related-tokens": "3 4 5 6 7 8"}
+
+
+@pytest.mark.parametrize("task", ["reversal", "chain"])
+@pytest.mark.parametrize("axis", SWEEPS)
+def test_ablate(tmp_path, capsys, axis, task):
+    values = SWEEPS[axis].split()
+    tiny = [*TINY, "--epochs", "2", "--quiet"]
+    if axis == "related-tokens":
+        if task == "reversal":  # not a task with such tokens
+            assert run_in(tmp_path, "ablate", axis, "--task", task, *tiny) == 2
+            return
+        tiny += ["--held-out", "2"]
+    assert run_in(tmp_path, "ablate", axis, "--task", task, "--values", *values, *tiny) == 0
+    name = f"ablate-{axis}" if task == "reversal" else f"ablate-chain-{axis}"
+    assert pictures(tmp_path) == {f"{name}.png", *([f"{name}_cosine.png"] * (axis == "size"))}
+    results = read(tmp_path, name)
+    assert [run["value"] for run in results["runs"]] == values
+    assert (results["command"], results["config"]["axis"]) == ("ablate", axis)
+    for run in results["runs"]:
+        assert {"config", "counts", "chance", "summary", "curves", "weights", "seconds"} <= set(run)
+        assert run["config"]["epochs"] == 2 and run["command"] == task
+    configs = [run["config"] for run in results["runs"]]
+    got = {"vocab": [c["vocab"] for c in configs], "layers": [c["layers"] for c in configs],
+           "entity-length": [c["entity_length"] for c in configs],
+           "heads": [c["heads"] for c in configs], "position": [c["position"] for c in configs],
+           "related-tokens": [c["complete"] for c in configs],
+           "size": [f"{c['layers']}x{c['dim']}" for c in configs],
+           "embeddings": ["frozen" if c["freeze_embeddings"] else "tied" if c["tie_embeddings"]
+                          else "learned" for c in configs]}[axis]
+    assert list(map(str, got)) == values
+    assert main(["plot", str(tmp_path / f"{name}.json")]) == 0
+
+
+def test_a_value_of_a_sweep_is_the_run_of_its_own_flags(tmp_path):
+    flags = [*TINY, "--lr", "0.02"]
+    assert run_in(tmp_path, "ablate", "layers", "--values", "1", "2", *flags) == 0
+    assert run_in(tmp_path, "reversal", *flags, "--layers", "2") == 0
+    swept, alone = read(tmp_path, "ablate-layers")["runs"][1], read(tmp_path, "reversal")
+    for key in ("summary", "curves", "weights", "counts", "chance"):
+        assert swept[key] == alone[key]
+
+
+def test_sweeps_of_the_presets():
+    def first_run(*argv):
+        return revcurse.plan(revcurse.parse([*argv, "--layers", "1", "--seeds", "1"]))
+
+    name, config, runs = first_run("ablate", "vocab")
+    assert name == "ablate-vocab" and config["values"] == ["20", "50", "200", "2000"]
+    counts = [(len(run.datasets[0].train), len(run.datasets[0].validation)) for run in runs]
+    assert counts == [(9, 1), (20, 4), (85, 15), (850, 150)]
+    name, config, runs = first_run("ablate", "entity-length", "--preset", "paper", "--epochs", "7")
+    counts = [(len(run.datasets[0].train), len(run.datasets[0].validation)) for run in runs]
+    assert counts == [(680, 120), (250, 50)] and runs[0].config["epochs"] == 7
+    args = revcurse.parse(["ablate", "size", "--task", "chain", "--preset", "paper"])
+    name, config, runs = revcurse.plan(args)
+    assert name == "ablate-chain-size" and config["values"] == ["1x20", "1x768", "24x20"]
+    assert {(run.config["epochs"], run.config["vocab"], run.config["lr"], run.config["seeds"])
+            for run in runs} == {(3000, 800, 0.01, 10)}
+    _, config, runs = revcurse.plan(revcurse.parse(["icl"]))
+    counts = len(runs[0].datasets[0].train), len(runs[0].datasets[0].validation)
+    assert config["vocab"] == 400 and counts == (700, 300)
+
+
+def test_titles_say_what_is_smaller_than_the_papers(tmp_path):
+    assert run_in(tmp_path, "ablate", "layers", "--values", "1", *TINY) == 0
+    title = revcurse.describe(read(tmp_path, "ablate-layers"), 10).replace("\n", " ")
+    for words in ("V = 24 (paper: 800)", "dim 16 (paper: 768)", "2 seeds (paper: 10)",
+                  "lr 0.003 (paper: 0.01)", "layers 1 (paper: 1 12 24)"):
+        assert words in title
+
+
+CAPITALS = [("Paris", "France"), ("Rome", "Italy"), ("Oslo", "Norway"), ("Cairo", "Egypt"),
+            ("S\u00e3o Tom\u00e9", "S\u00e3o Tom\u00e9 and Pr\u00edncipe"), ("Lima", "Peru")]
+
+
+def test_facts(tmp_path, capsys):
+    file = tmp_path / "facts.tsv"
+    file.write_text("\ufeff" + "".join(f"{a}\t{b}\r\n" for a, b in CAPITALS), encoding="utf-8")
+    assert run_in(tmp_path, "reversal", "--facts", str(file), *TINY) == 0
+    results = read(tmp_path, "reversal")
+    assert results["config"]["vocab"] == 24 and results["counts"] == {"train": 10, "validation": 2}
+    named = {tuple(sorted(pair)) for pairs in results["names"].values() for pair in pairs}
+    assert named == {tuple(sorted(pair)) for pair in CAPITALS}
+    assert {tuple(pair) for pair in results["names"]["train_forward"]} < set(CAPITALS)
+    printed = capsys.readouterr().out
+    assert sum(f"trained: {a} -> {b}" in printed or f"trained: {b} <- {a}" in printed
+               for a, b in CAPITALS) == 2
+    with np.load(tmp_path / "reversal.npz") as arrays:
+        axes = revcurse.draw_weights(results, dict(arrays)).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        pair[0] for pair in results["names"]["train_forward"]]
+
+
+BAD_FACTS = {
+    b"": "0 pairs", b"a\tb\nc\td\ne\tf\n": "3 pairs", b"a\tb\nc d\n": "line 2 ",
+    b"a\tb\nc\td\te\n": "line 2 ", b"a\tb\n\nc\td\n": "line 2 ", b"a\tb\nc\t \n": "line 2 ",
+    b"a\tb\nc\td\ne\ta\n": "line 3 repeats 'a' of line 1", b"a\tb\nc\tc\n": "line 2 repeats 'c'",
+    b"a\tb\nc\t\xff\n": "line 2 is not UTF-8"}
+
+
+@pytest.mark.parametrize("content", BAD_FACTS, ids=str)
+def test_bad_facts(tmp_path, capsys, content):
+    file = tmp_path / "facts.tsv"
+    file.write_bytes(content)
+    assert run_in(tmp_path / "out", "reversal", "--facts", str(file), *TINY) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert f"--facts {file}: " in printed.err and BAD_FACTS[content] in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_facts_that_do_not_fit(tmp_path, capsys):
+    file = tmp_path / "facts.tsv"
+    file.write_text("".join(f"{a}\t{b}\n" for a, b in CAPITALS), encoding="utf-8")
+    for flags, words in [(["--facts", str(file), "--complete", "6"], "--complete 6"),
+                         (["--facts", str(file), "--entity-length", "2"], "--entity-length 2"),
+                         (["--facts", str(tmp_path / "none")], "No such file"),
+                         (["--facts", str(file), "--vocab", "9", "--complete", "6"], "complete 6"),
+                         (["--facts", str(tmp_path)], "--facts")]:
+        assert run_in(tmp_path / "out", "reversal", *flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error
+    assert run_in(tmp_path / "out", "ablate", "vocab", "--facts", str(file)) == 2
+    assert "sets --vocab" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+SMALL = ["--layers", "1", "--heads", "2", "--dim", "16", "--epochs", "2", "--seeds", "2"]
+
+
+def test_all_and_its_resume(tmp_path, capsys, monkeypatch):
+    some = ["reversal --vocab 24", "chain --vocab 24", "icl --vocab 40",
+            "ablate embeddings --vocab 24", "ablate size --vocab 24 --values 1x8 2x8"]
+    monkeypatch.setattr(revcurse, "EVERYTHING", some)
+    names = ["reversal", "chain", "icl", "ablate-embeddings", "ablate-size"]
+    monkeypatch.setattr(revcurse, "CLAIMS", [c for c in revcurse.CLAIMS if c[1] in names])
+    assert run_in(tmp_path, "all", *SMALL) == 0
+    claims = read(tmp_path, "all")["claims"]
+    assert [claim["figure"] for claim in claims] == [
+        "1", "2", "3", "4", "Section 5", "6, 7, 9", "10", "11", "12 on"]
+    assert all({"figure", "claim", "measured", "holds"} <= set(claim) for claim in claims)
+    assert revcurse.claims_table(claims) in capsys.readouterr().out
+    assert {f"{name}.json" for name in [*names, "all"]} == {
+        path.name for path in tmp_path.glob("*.json")}
+
+    (tmp_path / "chain.json").unlink()
+    (tmp_path / "icl.json").write_text("{damaged")
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.json")
+            if path.stem not in ("all", "icl")}
+    trained = []
+    carry_out = revcurse.carry_out
+    monkeypatch.setattr(revcurse, "carry_out", lambda *args: trained.append(args[0]) or carry_out(
+        *args))
+    assert run_in(tmp_path, "all", *SMALL, "--resume") == 0
+    assert trained == ["chain", "icl"]
+    assert kept == {path: path.read_bytes() for path in kept}
+    assert read(tmp_path, "all")["claims"] == claims
+
+
+def test_all_runs_every_figure_and_knows_its_results():
+    planned = []
+    for line in revcurse.EVERYTHING:
+        name, _, runs = revcurse.plan(revcurse.parse([*line.split(), "--seeds", "1"]))
+        planned.append(name)
+        assert {run.config["seeds"] for run in runs} == {1}
+    assert len(set(planned)) == len(planned) == 4 + 7 + 8
+    assert {claim[1] for claim in revcurse.CLAIMS} <= set(planned)
+    assert {claim[0] for claim in revcurse.CLAIMS} >= {
+        "1", "2", "3", "4", "5", "6, 7, 9", "8", "10", "11", "12 on"}
+
+
+def test_claims_by_hand(monkeypatch):
+    def run(accuracy, margin, **more):
+        summary = {"train_accuracy": {"mean": accuracy}, "margin": {"mean": margin}}
+        return {"summary": summary, **more}
+
+    curse = {"train_accuracy": (0.99, math.inf), "margin": (0, math.inf)}
+    monkeypatch.setattr(revcurse, "CLAIMS", [
+        ("1", "one", "words", curse), ("2", "two", "words", curse), ("3", "three", "words", curse),
+        ("4", "four", "words", {"margin": (-0.1, 0.1)})])
+    claims = revcurse.check_claims({
+        "one": run(1.0, 0.5), "two": {"runs": [run(0.995, 0.2), run(1.0, -0.1)]},
+        "three": {"runs": [run(1.0, 3.0), run(0.2, -1.0, value="tied"), run(0.993, 2.0)]},
+        "four": {"runs": [run(1.0, 0.05), run(1.0, -0.2)]}})
+    assert [claim["holds"] for claim in claims] == [True, False, True, False]
+    assert claims[1]["measured"] == {"train_accuracy": 0.995, "margin": -0.1}
+    assert claims[2]["measured"] == {"train_accuracy": 0.993, "margin": 2.0}  # tied is ours
+    assert claims[3]["measured"] == {"margin": -0.2}
+
+
+def test_readme_holds_the_table_and_the_pictures():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert revcurse.claims_table(read(HERE / "figures", "all")["claims"]) in readme
+    for name in pictures(HERE / "figures"):
+        assert f"figures/{name}" in readme
+
+
 @pytest.mark.parametrize("more", [
     ["--vocab", "8"], ["--entity-length", "2", "--position", "relative"],
     ["--entity-length", "3", "--loss", "sequence", "--dropout", "0.1", "--position", "none"],
@@ -503,8 +952,7 @@ def test_flags_reach_model_and_optimiser(tmp_path, capsys):
     flags = ["--lr", "0.2", "--betas", "0.5", "0.6", "--weight-decay", "0.3", "--dropout", "0.4",
              "--position", "none"]
     args = revcurse.parse(["reversal", *TINY, *flags, "--out", str(tmp_path)])
-    prepared = revcurse.prepare(args, lambda generator: reversal_data(24, generator=generator))
-    trainer, _ = revcurse.make_trainer(*prepared, tmp_path / "reversal.pt")
+    trainer = revcurse.make_trainer(revcurse.prepare(args))
     group = trainer.optimizer.param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.2, (0.5, 0.6), 0.3)
     assert (trainer.batch_size, trainer.epochs, len(trainer.generators)) == (4, 12, 2)
@@ -539,6 +987,27 @@ BAD = {  # flags: what the one line on stderr must hold, beside the flag and its
     "--device tpu": "cpu", "--position sideways": "relative", "--loss none": "sequence",
     "--preset server": "laptop", "--frobnicate 1": None,
     "--device mps": None, "--device cuda": None}
+
+
+BAD_SWEEPS = {
+    "ablate": "AXIS", "ablate colour": "colour", "ablate vocab --values 0": "'0'",
+    "ablate vocab --values 24 x": "'x'", "ablate vocab --values 24 4": "--vocab 4",
+    "ablate size --values 1x20 3": "--values 3", "ablate size --values 1x2x3": "1x2x3",
+    "ablate size --values 1x30": "--dim 30", "ablate size --values ax20": "'a'",
+    "ablate embeddings --values green": "green", "ablate position --values up": "'up'",
+    "ablate layers --frobnicate 1": "--frobnicate", "ablate layers --task icl": "icl",
+    "ablate related-tokens --task reversal": "--related-tokens", "all --frobnicate": "--frobnicate",
+    "all --dim 30": "--dim 30", "icl --entity-length 2": "--entity-length",
+    "icl --animate": "--animate", "icl --vocab 12": "--vocab 12", "chain --facts x": "--facts",
+    "chain --related-tokens --vocab 100": "--vocab 100", "chain --complete 180": "--complete 180"}
+
+
+@pytest.mark.parametrize("line", BAD_SWEEPS)
+def test_bad_input_to_other_commands(tmp_path, capsys, line):
+    assert run_in(tmp_path, *line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and BAD_SWEEPS[line] in printed.err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -639,11 +1108,12 @@ def test_one_broken_seed_is_named(tmp_path, capsys, monkeypatch):
     assert "since epoch 5, seed 1:" in capsys.readouterr().err
 
 
-def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
-    def step(self):
+@pytest.mark.parametrize("when", ["step", "__init__"])
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch, when):
+    def fail(*args, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, when, fail)
     assert run_in(tmp_path, "reversal", "--preset", "paper", "--layers", "1", "--dim", "768",
                   "--seeds", "1", "--device", "cpu") == 1
     error = capsys.readouterr().err
@@ -683,9 +1153,9 @@ sys.exit(revcurse.main(sys.argv[1:]))
 """
 
 
-def slow_process(folder, *more):
+def slow_process(folder, *more, argv=LONG):
     """The command in a process of its own: steps take longer, and checkpoints come often."""
-    return subprocess.Popen([sys.executable, "-c", SLOW, *LONG, "--out", str(folder), *more],
+    return subprocess.Popen([sys.executable, "-c", SLOW, *argv, "--out", str(folder), *more],
                             cwd=HERE, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
 
 
@@ -723,6 +1193,36 @@ def test_killed_interrupted_and_resumed_is_the_same_as_uninterrupted(tmp_path, c
     assert not checkpoint.exists() and len(list(broken.iterdir())) == 4
 
 
+SWEEP = ["ablate", "layers", "--values", "1", "2", "1", *LONG[1:]]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_killed_sweep_goes_on_without_repeating_values(tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_in(whole, *SWEEP) == 0
+    running = slow_process(broken, argv=SWEEP)
+    checkpoint = broken / "ablate-layers.pt"
+    for _ in range(1200):  # until the second value has a checkpoint
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True)
+            if len(saved["done"]) == 1 and saved["trainer"]:
+                break
+        time.sleep(0.05)
+    running.kill()
+    running.communicate(timeout=60)
+    assert not (broken / "ablate-layers.json").exists()
+    trained = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self: trained.append(self) or step(self))
+    assert run_in(broken, *SWEEP, "--resume") == 0
+    assert len(set(trained)) == 2 and len(trained) < 2 * 60 * 3  # the second, from where it stood
+    for one, other in zip(read(whole, "ablate-layers")["runs"],
+                          read(broken, "ablate-layers")["runs"], strict=True):
+        for key in ("value", "summary", "curves", "weights"):
+            assert one[key] == other[key]
+    assert not checkpoint.exists()
+
+
 def test_bad_checkpoints(tmp_path, capsys):
     checkpoint = tmp_path / "reversal.pt"
     config = {**vars(revcurse.parse(LONG)), "complete": 4, "held_out": 2, "device": "cpu"}
@@ -733,12 +1233,14 @@ def test_bad_checkpoints(tmp_path, capsys):
         torch.save(content, buffer)
         return buffer.getvalue()
 
-    whole = {"config": config, "seconds": 1.0, "trainer": {"weights": torch.arange(1000.0)}}
+    whole = {"config": config, "seconds": 1.0, "done": [],
+             "trainer": {"weights": torch.arange(1000.0)}}
     good = saved(whole)
     flipped = bytearray(good)
     flipped[good.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
     unreadable = [bytes(flipped), good[:-100], b"", b"text", saved(torch.ones(2)), saved({}),
                   saved({**whole, "config": [1]}), saved({**whole, "seconds": "a"}),
+                  saved({**whole, "done": 1}),
                   saved({**whole, "more": Evil(tmp_path / "marker")})]
     other = [(saved({**whole, "config": {**config, "lr": 0.5}}), ["--lr 0.01", "--lr 0.5"])]
     for content, words in [*((bad, ["not a checkpoint"]) for bad in unreadable), *other]:
