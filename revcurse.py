@@ -1403,7 +1403,8 @@ def plot_command(args):
         print("wrote", ", ".join(map(str, pictures)))
 
 
-EVERYTHING = ["reversal --animate --cosine", "chain --animate", "chain --related-tokens", "icl",
+EVERYTHING = ["reversal --animate --cosine", "chain --animate",
+              "chain --related-tokens --lr 0.003", "icl",
               *(f"ablate {axis} --task {task}" for task in ("reversal", "chain") for axis in AXES
                 if task == "chain" or axis != "related-tokens")]
 # A claim in words, and the range that it allows to numbers of the summary.
