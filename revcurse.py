@@ -11,7 +11,7 @@ cross-entropy raises the weight from A to B and does not raise the weight from B
     python revcurse.py reversal --animate           Figures 1 and 2, seconds on a laptop
     python revcurse.py chain                        Figures 3 and 4, and chain of thought
     python revcurse.py icl                          in-context reversal: no curse
-    python revcurse.py ablate layers --task chain   Figures 5 to 11: what does not help
+    python revcurse.py ablate layers --task chain   Figures 5 to 12: what does not help
     python revcurse.py all                          every figure, and what was seen in it
     python revcurse.py plot figures/reversal.json   draw again from the saved results
 
@@ -530,8 +530,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.evaluations = state["counts"]
         self.curves.copy_(state["curves"])
-        self.frames = state["frames"]
-        self.order = state["order"].to(self.curves.device)
+        device = self.curves.device
+        self.frames = [(epoch, {name: matrix.to(device) for name, matrix in frame.items()})
+                       for epoch, frame in state["frames"]]
+        self.order = state["order"].to(device)
         for generator, saved in zip(self.generators + self.noise_generators, state["generators"],
                                     strict=True):
             generator.set_state(saved)
@@ -565,7 +567,7 @@ def measure(trainer):
     NLL and rank are of the answer's graded token, word_nll of a longer entity, which sums over its
     tokens, each given those before. Accuracy: of all tokens the right ones are likeliest. margin:
     the lowest validation NLL of the whole curve, less that of guessing among the alphabet. cosine:
-    the median size of the cosine of two token embeddings.
+    the median size of the cosine of two token embeddings, of all or of those read in training.
     """
     K, graded = trainer.K, trainer.datasets[0].graded
     targets = trainer.sentences[..., -K:]  # (S, sentences, K)
@@ -582,9 +584,13 @@ def measure(trainer):
                for part, rows in [("train", slice(N)), ("validation", slice(N, None))]
                for name, value in found.items()}
     summary["margin"] = spread(trainer.curves[1, 0].amin(0) - math.log(alphabets[0].shape[1]))
-    off = ~torch.eye(logits.shape[-1], dtype=torch.bool, device=targets.device)
-    summary["cosine"] = spread(torch.stack([matrix[off].abs().median()
-                                            for matrix in cosines(trainer)]))
+    sizes = cosines(trainer).abs()  # (S, V, V)
+    read = [sentences[:N, :-1].unique() for sentences in trainer.sentences]
+    some = [size[ids][:, ids] for size, ids in zip(sizes, read, strict=True)]
+    for name, parts in [("cosine", sizes), ("cosine_read", some)]:
+        pairs = [part[~torch.eye(len(part), dtype=torch.bool, device=part.device)]
+                 for part in parts]  # without the diagonal
+        summary[name] = spread(torch.stack([pair.median() for pair in pairs]))
     return summary
 
 
@@ -605,7 +611,7 @@ def chain_of_thought(trainer):
     thought = answer(trainer, torch.cat([asked[..., :K], arrow], dim=2))
     found = {"direct": answer(trainer, asked[..., :-K]),
              "two_step": answer(trainer, torch.cat([thought, arrow], dim=2))}
-    return {f"{name}_accuracy": spread((answers == asked[..., -K:]).all(-1).double().mean(1))
+    return {f"{name}_accuracy": spread((answers == asked[..., -K:]).all(-1).float().mean(1))
             for name, answers in found.items()}
 
 
@@ -686,11 +692,12 @@ def draw_panel(axes, run, name):
         axes.plot(epochs, seeds.mean(0), color=colour, linewidth=width, label=label)
     for kind, style, side in [("vocabulary", "--", "bottom"), ("alphabet", ":", "top")]:
         chance = run["chance"][name.replace("nll", kind)]
-        axes.axhline(chance, color=GREY, linestyle=style, label=f"chance, {kind}")
+        axes.axhline(chance, color=GREY, linestyle=style, label=f"a guess within the {kind}")
         axes.text(1.01, chance, f"{chance:.2f}", color=GREY, fontsize=8, verticalalignment=side,
                   transform=axes.get_yaxis_transform())
-    what = "whole entity" if "word" in name else (
-        "first token" if run["config"].get("entity_length", 1) > 1 else "right entity")
+    what = ("whole entity" if "word" in name
+            else "index token" if run["config"].get("related_tokens")
+            else "first token" if run["config"].get("entity_length", 1) > 1 else "right entity")
     axes.set(xlabel="epoch", ylabel=f"NLL of the {what} (nats)", ylim=(0, None))
     axes.margins(x=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -710,7 +717,7 @@ def describe(results, inches):
     what = f"{TASKS[runs[0]['command']].title} task"
     if "axis" in config:
         *_, usual = AXES[config["axis"]]
-        usual = "" if usual.split() == config["values"] else f" (paper: {usual})"
+        usual = "" if usual.split() == config["values"] else f" (--preset paper: {usual})"
         what += f", {config['axis']} {', '.join(config['values'])}{usual}"
     return textwrap.fill(f"{what}: {', '.join(words)}", int(13 * inches))
 
@@ -722,7 +729,7 @@ def draw_curves(results):
     if runs[0]["config"].get("related_tokens"):  # whose first token is always the same
         names = ["word_nll"]
     panels = [(run, name) for name in names for run in runs]
-    columns = len(runs) if len(runs) < 5 else 3
+    columns = {1: 1, 2: 2, 4: 2}.get(len(runs), 3)
     rows, width = math.ceil(len(panels) / columns), max(7, 3.2 * columns)
     figure = Figure(figsize=(width, 1.5 + 2.7 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -734,7 +741,7 @@ def draw_curves(results):
             axes.set_title(f"{results['config']['axis']} {run['value']}", fontsize=10)
     figure.suptitle(describe(results, width), fontsize=10)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=4 if width > 9 else 2, frameon=False, fontsize=9)
+                  ncols=4 if width > 12 else 2, frameon=False, fontsize=9)
     return figure
 
 
@@ -748,9 +755,11 @@ def draw_maps(figure, results, matrices, low, high):
         axes.set(xlabel="answer j", ylabel="question i")
         axes.locator_params(nbins=4, integer=True, min_n_ticks=1)
         questions, answers = zip(*results.get("names", {}).get(name, [("", "")]), strict=True)
-        if 1 < len(questions) <= 40 or questions[0]:
-            axes.set_xticks(range(len(answers)), answers, rotation=90, fontsize=7)
-            axes.set_yticks(range(len(questions)), questions, fontsize=7)
+        if questions[0] and len(questions) <= 40:  # a name may be long, or have "$" in it
+            style = {"labels": [name[:18] for name in answers], "fontsize": 7, "parse_math": False}
+            axes.set_xticks(range(len(answers)), rotation=90, **style)
+            style["labels"] = [name[:18] for name in questions]
+            axes.set_yticks(range(len(questions)), **style)
     figure.colorbar(images[0], ax=grid, shrink=0.6, extend="min" if low == 0 else "neither",
                     label="logit of answer j after question i")
     return images
@@ -778,8 +787,9 @@ def draw_cosines(results, matrices):
     grid = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, run, matrix in zip(grid, results.get("runs", [results]), matrices, strict=True):
         image = axes.imshow(matrix.astype(np.float32), vmin=-1, vmax=1, cmap="RdBu_r")
-        axes.set_title(f"{run['config']['layers']} layers, dim {run['config']['dim']}\nmedian size "
-                       f"off the diagonal {run['summary']['cosine']['mean']:.3f}", fontsize=9)
+        axes.set_title(f"{run['config']['layers']} layers, dim {run['config']['dim']}\nmedian "
+                       f"|cosine| {run['summary']['cosine']['mean']:.3f}, of tokens that were read "
+                       f"{run['summary']['cosine_read']['mean']:.3f}", fontsize=9)
         axes.set(xlabel="token id", ylabel="token id")
     figure.colorbar(image, ax=grid, shrink=0.7, label="cosine of two token embeddings")
     figure.suptitle(f"Token embeddings of the first seed\n{describe(results, width)}", fontsize=10)
@@ -881,6 +891,8 @@ def read_checkpoint(path, config):
         saved = dict(torch.load(path, map_location="cpu", weights_only=True))
         theirs, _ = dict(saved["config"]), (saved["trainer"], 0.0 + saved["seconds"])
         saved["done"] = list(saved["done"])
+        if saved["name"] != path.stem:
+            raise ValueError("of another task")
     except Exception:  # whatever a damaged file leads to
         raise Problem(f"--resume: {path} is not a checkpoint that can be read; delete it to start "
                       "from the beginning") from None
@@ -905,8 +917,9 @@ class Watch:
         self.interrupted, self.in_place = False, sys.stdout.isatty()
 
     def start(self, run):
-        """The Trainer of this Run, watched from now on. The first goes on from the checkpoint."""
+        """Make the trainer of this Run. The first one goes on from the checkpoint, if any."""
         self.run, saved, self.saved = run, self.saved, None
+        self.trainer = None  # there is not always room for the last one and the next
         self.label = "" if run.value is None else f"{self.config['axis']} {run.value}: "
         data, size = run.datasets[0], run.config["parameters"]
         # A weight comes with its gradient and two moments, each of 4 bytes.
@@ -922,7 +935,6 @@ class Watch:
             print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
         parts = 1 if self.label else 10  # each has a line where lines cannot be rewritten
         self.part = max(1, trainer.epochs // parts) * trainer.steps_per_epoch
-        return trainer
 
     def seconds(self):
         """Time since the training began, with that of the runs which this one continues."""
@@ -983,7 +995,8 @@ class Watch:
         run that is over the results suffice."""
         self.look()  # NaN is not worth keeping
         began = time.monotonic()
-        content = {"config": self.config, "done": self.done, "seconds": self.seconds(),
+        content = {"name": self.path.stem, "config": self.config, "done": self.done,
+                   "seconds": self.seconds(),
                    "trainer": None if over else self.trainer.state_dict()}
         if self.path.exists() and not self.owns_checkpoint:  # another run's: keep it
             written = self.path.stat().st_mtime_ns
@@ -1058,12 +1071,12 @@ ONLY = {"entity-length": ("reversal", "chain"), "related-tokens": ("chain",),
         "facts": ("reversal",), "animate": ("reversal", "chain")}  # flags of these tasks alone
 # Defaults that a task, ablate or an axis of ablate has for itself: (laptop preset, paper preset).
 DEFAULTS = {
-    "chain": {"epochs": (140, 3000)},
+    "chain": {"epochs": (140, 3000), "lr": (0.003, 0.01)},
     "icl": {"vocab": (400, 400), "complete": (7, 7), "held-out": (3, 3), "epochs": (40, 3000)},
     "ablate": {"seeds": (3, 10), "vocab": (400, 800), "epochs": (160, 3000), "lr": (0.003, 0.01)},
     "vocab": {"epochs": (None, 3000)},
     "entity-length": {"vocab": (200, 800), "epochs": (300, 3000)},
-    "related-tokens": {"vocab": (800, 800)},
+    "related-tokens": {"vocab": (800, 800), "epochs": (None, 3000)},
 }
 # What ablate varies: the flags that a value sets, the values of the laptop and the paper preset.
 AXES = {
@@ -1099,15 +1112,22 @@ def build_parser():
     parser = Parser(prog="revcurse.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                     epilog="Start with: python revcurse.py reversal")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    added = {name: commands.add_parser(name, help=text, description=run.__doc__, allow_abbrev=False)
+    added = {name: commands.add_parser(name, help=text, allow_abbrev=False,
+                                       description=f"{name}: {text}. {run.__doc__}")
              for name, (run, text) in COMMANDS.items()}
+    for name, usage in [("ablate", "ablate AXIS [--task TASK] [--values X ...]"), ("all", "all")]:
+        added[name].usage = f"revcurse.py {usage} [flags of the task]"
+        added[name].epilog = ("The flags of the tasks: revcurse.py reversal --help. Sweeps have "
+                              "smaller defaults; what they are is printed first.")
     added["plot"].add_argument("results", type=Path, nargs="+", metavar="FILE.json",
                                help="results, with their .npz beside them")
     added["ablate"].add_argument("axis", choices=AXES, metavar="AXIS", help=", ".join(AXES))
     added["ablate"].add_argument("--task", choices=["reversal", "chain"],
                                  help="[reversal; for related-tokens chain]")
     added["ablate"].add_argument("--values", nargs="+", metavar="X",
-                                 help="what to try instead of the paper's, for size LAYERSxDIM")
+                                 help="what to try, for size LAYERSxDIM [" + "; ".join(
+                                     f"{axis}: {values}" for axis, (_, values, _) in AXES.items())
+                                 + "; --preset paper has the paper's]")
     for task in TASKS:
         added[task].add_argument("--preset", choices=["laptop", "paper"], default="laptop",
                                  help="values of the flags that are not given [laptop]")
@@ -1119,7 +1139,8 @@ def build_parser():
             elif isinstance(kind, list):
                 options = {"choices": kind}
             if paper is not None:
-                usual = "" if laptop == paper else f"laptop: {laptop or '80, or 480 steps'}, "
+                small = "80, or 480 steps" if laptop is None else laptop
+                usual = "" if laptop == paper else f"laptop: {small}, "
                 text += f" [{usual}paper: {paper}]"
             groups[title].add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
     return parser
@@ -1131,7 +1152,7 @@ def parse(argv, axis=None):
     parser = build_parser()
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.command not in ("ablate", "all"):
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        parser.error(f"{args.command} does not know {' '.join(args.rest)}")
     for name, (_, _, laptop, paper, _) in task_flags(args.command, axis).items():
         name = name.replace("-", "_")
         if getattr(args, name, 0) is None:
@@ -1152,17 +1173,18 @@ def choose_device(wanted):
 def read_facts(path):
     """The pairs of names (A, B) in a file, one pair a line with a tab between."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").rstrip().split("\n")
     except OSError as error:
         raise Problem(f"--facts {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = 1 + error.object[:error.start].count(b"\n")
-        raise Problem(f"--facts {path}: line {line} is not UTF-8 text") from None
+        raise Problem(f"--facts {path}: line {line} is not UTF-8; save it as such") from None
     facts, seen = [], {}
     for number, line in enumerate(lines, 1):
         names = tuple(name.strip() for name in line.split("\t"))
         if len(names) != 2 or not all(names):
-            raise Problem(f"--facts {path}: line {number} is not two names with a tab between")
+            raise Problem(f"--facts {path}: line {number} is not two names with a tab between: "
+                          f"{line[:40]!r}")
         for name in names:
             if name in seen:
                 raise Problem(f"--facts {path}: line {number} repeats {name!r} of line "
@@ -1170,8 +1192,7 @@ def read_facts(path):
             seen[name] = number
         facts.append(names)
     if len(facts) < 4:
-        raise Problem(f"--facts {path}: {len(facts)} pairs, on lines up to {len(facts)}; 4 or more "
-                      "are needed")
+        raise Problem(f"--facts {path}: ends with line {len(facts)}; 4 pairs or more are needed")
     return facts
 
 
@@ -1206,8 +1227,10 @@ def prepare(args, value=None):
     """The Run of a task's command line. Raises Problem if flags do not fit together."""
     generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.seeds)]
     facts = read_facts(args.facts) if getattr(args, "facts", None) else None
-    if facts and args.entity_length > 1:
-        raise Problem(f"--entity-length {args.entity_length}: with --facts a name is one token")
+    for name in ("facts", "related_tokens"):
+        if getattr(args, name, None) and args.entity_length > 1:
+            raise Problem(f"--entity-length {args.entity_length}: does not go with "
+                          f"--{name.replace('_', '-')}")
     config = flag_values(args) | ({"vocab": 4 * len(facts)} if facts else {})
     make = TASKS[args.command].data
     options = {name: config[name] for name in inspect.signature(make).parameters if name in config}
@@ -1237,9 +1260,13 @@ def plan(args):
         return args.command + related, run.config, [run]
     form, laptop, paper = AXES[args.axis]
     task = args.task or ("chain" if args.axis == "related-tokens" else "reversal")
+    if task == "reversal" and args.axis == "related-tokens":
+        raise Problem("--task reversal: it has no related-tokens, the chain task has")
     base = parse([task, *args.rest], args.axis)
     if args.axis == "vocab" and getattr(base, "facts", None):
         raise Problem(f"--facts {base.facts}: sets --vocab, which this would vary")
+    if base.animate:
+        raise Problem("--animate: is for one training, not for a sweep")
     values = args.values or (paper if base.preset == "paper" else laptop).split()
     runs = []
     for value in values:
@@ -1308,31 +1335,37 @@ def collect(run, trainer, seconds):
     return results, {name: array.cpu() for name, array in arrays.items()}
 
 
-def report(results):
-    """Print the table, and a sentence on whether the curse was seen."""
+def verdict(results):
+    """A sentence or two on whether the curse was seen in a run."""
     summary, chance, task = results["summary"], results["chance"], TASKS[results["command"]]
     word = "word_" if "train_word_nll" in summary else ""
-    titles = {"accuracy": "accuracy", "nll": "NLL",
-              "rank": f"rank of {math.exp(chance['alphabet']):.0f}"}
-    if word:
+    trained, unseen, loss = (summary[name]["mean"] for name in (
+        "train_accuracy", "validation_accuracy", f"validation_{word}nll"))
+    guess = chance[f"{word}alphabet"]
+    name = ("Not learned yet" if trained < 0.99 else task.curse if unseen < 0.1 and loss > guess
+            else "No curse" if unseen > 0.9 else "No clear curse")
+    lines = [f"{name}: {trained:.1%} of the trained sentences are answered right and {unseen:.1%} "
+             f"of the {task.unseen}, with an NLL of {loss:.2f} where guessing has {guess:.2f}."]
+    if "two_step_accuracy" in summary:
+        direct, steps = (summary[f"{way}_accuracy"]["mean"] for way in ("direct", "two_step"))
+        lines.append(f'Asked "A ~>" at once, {direct:.1%} of the held-out triples are answered '
+                     f'right; in two steps, "A ->" and then "B ->" with its own B, {steps:.1%}.')
+    if name == "No curse" and task.note:
+        lines.append(task.note)
+    return "\n".join(lines)
+
+
+def report(results):
+    """Print the table of a run and the verdict."""
+    summary, titles = results["summary"], {"accuracy": "accuracy", "nll": "NLL"}
+    titles["rank"] = f"rank of {math.exp(results['chance']['alphabet']):.0f}"
+    if "train_word_nll" in summary:
         titles |= {"nll": "NLL, one token", "word_nll": "NLL, whole entity"}
     print("\nmean (std)  " + "".join(f"{title:^20}" for title in titles.values()))
     for part in ("train", "validation"):
         cells = ["{mean:.3f} ({std:.3f})".format(**summary[f"{part}_{name}"]) for name in titles]
         print(f"{part:12}" + "".join(f"{cell:^20}" for cell in cells))
-    trained, unseen, loss = (summary[name]["mean"] for name in (
-        "train_accuracy", "validation_accuracy", f"validation_{word}nll"))
-    guess = chance[f"{word}alphabet"]
-    verdict = (task.curse if unseen < 0.1 and loss > guess else "No curse" if unseen > 0.9
-               else "No clear curse")
-    print(f"\n{verdict if trained > 0.99 else 'Not learned yet'}: {trained:.1%} of the trained "
-          f"sentences are answered right and {unseen:.1%} of the {task.unseen}, with an NLL of "
-          f"{loss:.2f} where guessing has {guess:.2f}.")
-    if "two_step_accuracy" in summary:
-        direct, steps = (summary[f"{name}_accuracy"]["mean"] for name in ("direct", "two_step"))
-        print(f'Chain of thought: asked "A ~>" at once, {direct:.1%} of the held-out triples are '
-              f'answered right; in two steps, "A ->" and then "B ->" with its own B, {steps:.1%}.')
-    print(task.note)
+    print(f"\n{verdict(results)}\n")
 
 
 def carry_out(name, config, runs):
@@ -1352,30 +1385,32 @@ def carry_out(name, config, runs):
     began = time.monotonic()
     with Watch(checkpoint, config) as watch:
         for run in runs[len(watch.done):]:
-            trainer = watch.start(run)
-            trainer.run(watch)
+            watch.start(run)
+            watch.trainer.run(watch)
             watch.look()
-            watch.done.append(collect(run, trainer, watch.seconds()))
+            watch.done.append(collect(run, watch.trainer, watch.seconds()))
             if len(watch.done) < len(runs):
                 watch.save(over=True)
         results, arrays = watch.done[0]
         if "axis" in config:
             results = {"command": "ablate", "config": config,
                        "runs": [results for results, _ in watch.done]}
-            arrays = {f"cosine_{run.value}": arrays["cosine"]
-                      for run, (_, arrays) in zip(runs, watch.done, strict=True)
-                      if run.config["cosine"]}
+            arrays = {f"cosine_{i}": arrays["cosine"] for i, (_, arrays) in enumerate(watch.done)
+                      if "cosine" in arrays}
         arrays = {name: array.numpy() for name, array in arrays.items()}
         text = json.dumps(results, indent=1, allow_nan=False)
         files = {**draw(stem, results, arrays),
-                 stem.with_suffix(".json"): lambda file: file.write(text.encode()),
-                 stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **arrays)}
+                 stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **arrays),
+                 stem.with_suffix(".json"): lambda file: file.write(text.encode())}
         write_files(files)
         if watch.owns_checkpoint:  # another run's is left alone
-            for file in (checkpoint, *stem.parent.glob(f".{checkpoint.name}.*.tmp")):
+            for file in (checkpoint, *stem.parent.glob(f".{name}[._]*.tmp")):
                 file.unlink(missing_ok=True)  # also what a kill has left half-written
-    if "axis" not in config:
-        print("\nHeld-out facts of the first seed:", *examples(trainer), sep="\n")
+    if "axis" in config:
+        for run in results["runs"]:
+            print(f"{config['axis']} {run['value']}: {verdict(run)}")
+    else:
+        print("\nHeld-out facts of the first seed:", *examples(watch.trainer), sep="\n")
         report(results)
     print(f"wrote {', '.join(map(str, files))} in {time.monotonic() - began:.1f} s")
     return results
@@ -1391,6 +1426,9 @@ def plot_command(args):
     for path in args.results:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
+            if results["command"] == "all":
+                print(f"{path} is the table of what was seen: there is nothing to draw")
+                continue
             with open(path.with_suffix(".npz"), "rb") as file:
                 arrays = dict(np.load(file, allow_pickle=False))
             pictures = draw(path.with_suffix(""), results, arrays)
@@ -1404,7 +1442,7 @@ def plot_command(args):
 
 
 EVERYTHING = ["reversal --animate --cosine", "chain --animate",
-              "chain --related-tokens --lr 0.003", "icl",
+              "chain --related-tokens", "icl",
               *(f"ablate {axis} --task {task}" for task in ("reversal", "chain") for axis in AXES
                 if task == "chain" or axis != "related-tokens")]
 # A claim in words, and the range that it allows to numbers of the summary.
@@ -1420,7 +1458,7 @@ CLAIMS = [  # figure of the paper, results, what must be seen
         ("5", "vocab"), ("6, 7, 9", "layers"), ("6, 7, 9", "heads"), ("6, 7, 9", "position"),
         ("6, 7, 9", "embeddings"), ("8", "entity-length"), ("10", "size")]),
     ("11", "ablate-size", "token embeddings are nearly orthogonal", {
-        "cosine": (-math.inf, 0.2)}),
+        "cosine": (-math.inf, 0.2), "cosine_read": (-math.inf, 0.2)}),
     ("12 on", "icl", "no curse where the answer is in the context", {
         "validation_accuracy": (0.9, math.inf)}),
     *(("12 on", f"ablate-chain-{axis}", *CURSE) for axis in AXES if axis != "related-tokens")]
@@ -1428,14 +1466,18 @@ CLAIMS = [  # figure of the paper, results, what must be seen
 
 def check_claims(found):
     """Each of CLAIMS beside found = {name: results}: {"figure", "results", "claim", "measured",
-    "holds"}. Measured is the mean over the seeds, of the run that is worst for the claim."""
+    "holds"}. Measured is the number of the run and seed that is worst for the claim, None if there
+    is none (a single held-out pair has no contrast). Tied embeddings are not the paper's."""
     claims = []
     for figure, name, claim, ranges in CLAIMS:
-        runs, measured, holds = found[name].get("runs", [found[name]]), {}, True
+        runs, measured = found[name].get("runs", [found[name]]), {}
         for key, (low, high) in ranges.items():
-            means = [run["summary"][key]["mean"] for run in runs if run.get("value") != "tied"]
-            measured[key] = min(means, key=lambda mean: min(mean - low, high - mean))
-            holds = holds and low <= measured[key] <= high
+            seeds = [seed for run in runs if run.get("value") != "tied" and key in run["summary"]
+                     for seed in run["summary"][key]["per_seed"]]
+            measured[key] = min(seeds, default=None,
+                                key=lambda seed: min(seed - low, high - seed))
+        holds = all(measured[key] is not None and low <= measured[key] <= high
+                    for key, (low, high) in ranges.items())
         claims.append({"figure": figure, "results": name, "claim": claim, "measured": measured,
                        "holds": holds})
     return claims
@@ -1445,7 +1487,8 @@ def claims_table(claims):
     """The claims as a table in Markdown."""
     lines = ["| figure | results | what must be seen | measured | seen |", "|---|---|---|---|---|"]
     for *words, measured, holds in map(dict.values, claims):
-        numbers = ", ".join(f"{key} {value:.3f}" for key, value in measured.items())
+        numbers = ", ".join(f"{key} -" if value is None else f"{key} {value:.3f}"
+                            for key, value in measured.items())
         lines.append(f"| {' | '.join([*words, numbers, 'yes' if holds else '**no**'])} |")
     return "\n".join(lines)
 
@@ -1455,6 +1498,9 @@ def all_command(args):
     Flags go to each command. With --resume, results that are there with the same flags are kept."""
     plans = [plan(parse([*line.split(), *args.rest])) for line in EVERYTHING]
     began, found, out = time.monotonic(), {}, Path(plans[0][1]["out"])
+    for name, config, _ in plans:  # find what does not fit before any work
+        if config["resume"] and (out / f"{name}.pt").exists():
+            read_checkpoint(out / f"{name}.pt", config)
     for name, config, runs in plans:
         path = out / f"{name}.json"
         with contextlib.suppress(Exception):  # what is missing or damaged is made again
@@ -1475,7 +1521,7 @@ COMMANDS = {
     "reversal": (run_command, "Figures 1 and 2: train A -> B, ask B <-"),
     "chain": (run_command, "Figures 3 and 4: train A -> B and B -> C, ask A ~>"),
     "icl": (run_command, "in-context reversal: where the curse does not appear"),
-    "ablate": (run_command, "Figures 5 to 11: one training for each value of a setting"),
+    "ablate": (run_command, "Figures 5 to 12: a training for each value of a setting, the AXIS"),
     "all": (all_command, "every figure, and a table of what was seen"),
     "plot": (plot_command, "draw again from the saved results"),
 }

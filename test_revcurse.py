@@ -158,8 +158,9 @@ def test_icl_data_is_the_papers():
     assert len(both) == 1000  # no pair is in both
     letters_a, letters_b = {a for a, _ in both}, {b for _, b in both}
     assert len(letters_a) == 100 and len(letters_b) == 10 and not letters_a & letters_b
-    for a in letters_a:
-        assert sum(pair[0] == a for pair in pairs["train"]) == 7
+    asked = {a: frozenset(b for a2, b in pairs["validation"] if a2 == a) for a in letters_a}
+    assert all(len(others) == 3 for others in asked.values())
+    assert len(set(asked.values())) > 20  # of 120: each A has its own three
     assert sorted(data.alphabets.flatten().tolist()) == sorted(letters_a)
 
 
@@ -394,10 +395,15 @@ def test_measure_and_matrices_on_a_model_set_by_hand():
 
     target = data.validation[0, 2]  # after both arrows the table now says this token, surely
     trainer.params["table"].data[0, :2, target] = 200.0
-    trainer.params["transformer.wte.weight"].data[:] = 1.0
-    trainer.params["transformer.wte.weight"].data[:, 1::2, 0] = -1.0  # cosines of 1 and of a half
+    embeddings = trainer.params["transformer.wte.weight"].data[0]
+    embeddings[:] = 1.0
+    embeddings[1::2, 1:] = -1.0  # cosines of 1 and, for somewhat more pairs, of minus a half
+    read = data.train[:, :2].unique()
+    embeddings[read] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    embeddings[read[0]] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     trainer.evaluate()
     trainer.evaluate()
+    trainer.curves[1, 0, 1] += 1.0  # first 55, now 56
     measured = revcurse.measure(trainer)
     hits = data.train[:, 2] == target
     assert measured["train_accuracy"]["mean"] == pytest.approx(hits.double().mean().item())
@@ -408,6 +414,7 @@ def test_measure_and_matrices_on_a_model_set_by_hand():
     assert measured["margin"]["mean"] == pytest.approx(
         trainer.curves[1, 0, 0, 0].item() - math.log(6))
     assert measured["cosine"]["mean"] == pytest.approx(0.5)
+    assert measured["cosine_read"]["mean"] == pytest.approx(1.0)
     other = (data.alphabets == target).any(1).nonzero().item()
     in_alphabet = torch.isin(data.train[:, 2], data.alphabets[other])
     expected = torch.where(in_alphabet & ~hits, 2.0, 1.0).mean()  # one token of its own is better
@@ -424,6 +431,9 @@ def test_contrast_by_hand():
         "train_forward": seen, "validation_seen": seen, "validation_unseen": unseen})
     assert means["validation_unseen"] == {"diagonal": 5.5, "off_diagonal": 5.0}
     assert contrast.tolist() == [0.25, -0.25]
+    _, contrast = revcurse.diagonal_means({  # the mean of what two trained groups have
+        "validation_ab": seen, "validation_bc": 3 * seen, "validation_ac": unseen})
+    assert contrast.tolist() == [0.125, -0.125]
 
 
 def test_word_nll_is_the_sum_over_the_tokens():
@@ -515,6 +525,13 @@ def test_frames_are_the_heat_maps_of_their_epochs():
     for epoch, frame in moving.frames[1:]:
         for group, matrix in frame.items():
             torch.testing.assert_close(matrix, seen[epoch][group][:1])
+
+    half, rest = (tiny_trainer(0, 1, epochs=60, animate=True)[0] for _ in range(2))
+    with pytest.raises(StopIteration):
+        half.run(lambda: next(iter([])) if half.steps == 40 else None)
+    rest.load_state_dict(half.state_dict())
+    rest.run()
+    assert [epoch for epoch, _ in rest.frames] == epochs
 
 
 def test_training_all_seeds_at_once_against_one_plain_loop_each():
@@ -640,7 +657,7 @@ def test_the_curse(tmp_path, capsys):
     assert results["config"]["complete"] == 18 and results["config"]["held_out"] == 7
     assert set(results["environment"]) == {"python", "torch", "numpy", "device"}
     summary = results["summary"]
-    assert set(summary) == {"margin", "cosine", "contrast"} | {
+    assert set(summary) == {"margin", "cosine", "cosine_read", "contrast"} | {
         f"{part}_{name}" for part in ("train", "validation")
         for name in ("nll", "accuracy", "rank")}
     for values in summary.values():
@@ -752,11 +769,14 @@ def test_ablate(tmp_path, capsys, axis, task):
             assert run_in(tmp_path, "ablate", axis, "--task", task, *tiny) == 2
             return
         tiny += ["--held-out", "2"]
+    values += values[:1]  # a value may come twice
     assert run_in(tmp_path, "ablate", axis, "--task", task, "--values", *values, *tiny) == 0
     name = f"ablate-{axis}" if task == "reversal" else f"ablate-chain-{axis}"
     assert pictures(tmp_path) == {f"{name}.png", *([f"{name}_cosine.png"] * (axis == "size"))}
     results = read(tmp_path, name)
+    printed = capsys.readouterr().out
     assert [run["value"] for run in results["runs"]] == values
+    assert all(f"\n{axis} {value}: Not learned yet: " in printed for value in values)
     assert (results["command"], results["config"]["axis"]) == ("ablate", axis)
     for run in results["runs"]:
         assert {"config", "counts", "chance", "summary", "curves", "weights", "seconds"} <= set(run)
@@ -786,6 +806,9 @@ def test_sweeps_of_the_presets():
     def first_run(*argv):
         return revcurse.plan(revcurse.parse([*argv, "--layers", "1", "--seeds", "1"]))
 
+    _, config, runs = revcurse.plan(revcurse.parse(["ablate", "position"]))
+    for c in [config, *(run.config for run in runs)]:
+        assert (c["vocab"], c["lr"], c["seeds"], c["epochs"]) == (400, 0.003, 3, 160)
     name, config, runs = first_run("ablate", "vocab")
     assert name == "ablate-vocab" and config["values"] == ["20", "50", "200", "2000"]
     counts = [(len(run.datasets[0].train), len(run.datasets[0].validation)) for run in runs]
@@ -807,17 +830,18 @@ def test_titles_say_what_is_smaller_than_the_papers(tmp_path):
     assert run_in(tmp_path, "ablate", "layers", "--values", "1", *TINY) == 0
     title = revcurse.describe(read(tmp_path, "ablate-layers"), 10).replace("\n", " ")
     for words in ("V = 24 (paper: 800)", "dim 16 (paper: 768)", "2 seeds (paper: 10)",
-                  "lr 0.003 (paper: 0.01)", "layers 1 (paper: 1 12 24)"):
+                  "lr 0.003 (paper: 0.01)", "layers 1 (--preset paper: 1 12 24)"):
         assert words in title
 
 
-CAPITALS = [("Paris", "France"), ("Rome", "Italy"), ("Oslo", "Norway"), ("Cairo", "Egypt"),
+CAPITALS = [("Paris", "$\\foo$"), ("Rome", "Italy"), ("Oslo", "Norway"), ("Cairo", "Egypt"),
             ("S\u00e3o Tom\u00e9", "S\u00e3o Tom\u00e9 and Pr\u00edncipe"), ("Lima", "Peru")]
 
 
 def test_facts(tmp_path, capsys):
     file = tmp_path / "facts.tsv"
-    file.write_text("\ufeff" + "".join(f"{a}\t{b}\r\n" for a, b in CAPITALS), encoding="utf-8")
+    file.write_text("\ufeff" + "".join(f"{a}\t{b}\r\n" for a, b in CAPITALS) + "\r\n",
+                    encoding="utf-8")
     assert run_in(tmp_path, "reversal", "--facts", str(file), *TINY) == 0
     results = read(tmp_path, "reversal")
     assert results["config"]["vocab"] == 24 and results["counts"] == {"train": 10, "validation": 2}
@@ -830,11 +854,11 @@ def test_facts(tmp_path, capsys):
     with np.load(tmp_path / "reversal.npz") as arrays:
         axes = revcurse.draw_weights(results, dict(arrays)).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == [
-        pair[0] for pair in results["names"]["train_forward"]]
+        pair[0][:18] for pair in results["names"]["train_forward"]]
 
 
 BAD_FACTS = {
-    b"": "0 pairs", b"a\tb\nc\td\ne\tf\n": "3 pairs", b"a\tb\nc d\n": "line 2 ",
+    b"": "line 1 ", b"a\tb\nc\td\ne\tf\n": "line 3; 4 pairs", b"a\tb\nc d\n": "line 2 ",
     b"a\tb\nc\td\te\n": "line 2 ", b"a\tb\n\nc\td\n": "line 2 ", b"a\tb\nc\t \n": "line 2 ",
     b"a\tb\nc\td\ne\ta\n": "line 3 repeats 'a' of line 1", b"a\tb\nc\tc\n": "line 2 repeats 'c'",
     b"a\tb\nc\t\xff\n": "line 2 is not UTF-8"}
@@ -882,6 +906,7 @@ def test_all_and_its_resume(tmp_path, capsys, monkeypatch):
         "1", "2", "3", "4", "Section 5", "6, 7, 9", "10", "11", "12 on"]
     assert all({"figure", "claim", "measured", "holds"} <= set(claim) for claim in claims)
     assert revcurse.claims_table(claims) in capsys.readouterr().out
+    assert main(["plot", *map(str, tmp_path.glob("*.json"))]) == 0
     assert {f"{name}.json" for name in [*names, "all"]} == {
         path.name for path in tmp_path.glob("*.json")}
 
@@ -897,6 +922,10 @@ def test_all_and_its_resume(tmp_path, capsys, monkeypatch):
     assert trained == ["chain", "icl"]
     assert kept == {path: path.read_bytes() for path in kept}
     assert read(tmp_path, "all")["claims"] == claims
+    assert run_in(tmp_path, "all", *SMALL, "--resume", "--lr", "0.02", "--held-out", "1") == 0
+    assert trained[2:] == names  # other flags, so all of them; and a single pair has no contrast
+    found = {c["figure"]: c for c in read(tmp_path, "all")["claims"]}
+    assert found["2"]["measured"] == {"contrast": None} and not found["2"]["holds"]
 
 
 def test_all_runs_every_figure_and_knows_its_results():
@@ -905,6 +934,10 @@ def test_all_runs_every_figure_and_knows_its_results():
         name, _, runs = revcurse.plan(revcurse.parse([*line.split(), "--seeds", "1"]))
         planned.append(name)
         assert {run.config["seeds"] for run in runs} == {1}
+        *_, runs = revcurse.plan(revcurse.parse([*line.split(), "--preset", "paper", "--seeds", "1",
+                                                 "--layers", "1"]))
+        assert {(c["epochs"], c["lr"], c["dropout"], c["batch_size"], c["weight_decay"])
+                for c in (run.config for run in runs)} == {(3000, 0.01, 0.1, 64, 0.01)}
     assert len(set(planned)) == len(planned) == 4 + 7 + 8
     assert {claim[1] for claim in revcurse.CLAIMS} <= set(planned)
     assert {claim[0] for claim in revcurse.CLAIMS} >= {
@@ -912,22 +945,24 @@ def test_all_runs_every_figure_and_knows_its_results():
 
 
 def test_claims_by_hand(monkeypatch):
-    def run(accuracy, margin, **more):
-        summary = {"train_accuracy": {"mean": accuracy}, "margin": {"mean": margin}}
-        return {"summary": summary, **more}
+    def run(accuracy, *margins, **more):
+        return {"summary": {"train_accuracy": {"per_seed": [1.0, accuracy]},
+                            "margin": {"per_seed": margins}}, **more}
 
     curse = {"train_accuracy": (0.99, math.inf), "margin": (0, math.inf)}
     monkeypatch.setattr(revcurse, "CLAIMS", [
         ("1", "one", "words", curse), ("2", "two", "words", curse), ("3", "three", "words", curse),
-        ("4", "four", "words", {"margin": (-0.1, 0.1)})])
+        ("4", "four", "words", {"margin": (-0.1, 0.1)}), ("5", "one", "words", {"none": (0, 1)})])
     claims = revcurse.check_claims({
-        "one": run(1.0, 0.5), "two": {"runs": [run(0.995, 0.2), run(1.0, -0.1)]},
+        "one": run(1.0, 0.5), "two": {"runs": [run(0.995, 0.2), run(1.0, 9.0, -0.1)]},
         "three": {"runs": [run(1.0, 3.0), run(0.2, -1.0, value="tied"), run(0.993, 2.0)]},
-        "four": {"runs": [run(1.0, 0.05), run(1.0, -0.2)]}})
-    assert [claim["holds"] for claim in claims] == [True, False, True, False]
+        "four": {"runs": [run(1.0, 0.05), run(1.0, 0.2, -0.2)]}})
+    assert [claim["holds"] for claim in claims] == [True, False, True, False, False]
     assert claims[1]["measured"] == {"train_accuracy": 0.995, "margin": -0.1}
     assert claims[2]["measured"] == {"train_accuracy": 0.993, "margin": 2.0}  # tied is ours
-    assert claims[3]["measured"] == {"margin": -0.2}
+    assert abs(claims[3]["measured"]["margin"]) == 0.2
+    assert claims[4]["measured"] == {"none": None}
+    assert "none -" in revcurse.claims_table(claims)
 
 
 def test_readme_holds_the_table_and_the_pictures():
@@ -996,7 +1031,8 @@ BAD_SWEEPS = {
     "ablate size --values 1x30": "--dim 30", "ablate size --values ax20": "'a'",
     "ablate embeddings --values green": "green", "ablate position --values up": "'up'",
     "ablate layers --frobnicate 1": "--frobnicate", "ablate layers --task icl": "icl",
-    "ablate related-tokens --task reversal": "--related-tokens", "all --frobnicate": "--frobnicate",
+    "ablate layers --animate": "--animate", "chain --related-tokens --entity-length 2": "length 2",
+    "ablate related-tokens --task reversal": "--task reversal", "all --frobnicate": "--frobnicate",
     "all --dim 30": "--dim 30", "icl --entity-length 2": "--entity-length",
     "icl --animate": "--animate", "icl --vocab 12": "--vocab 12", "chain --facts x": "--facts",
     "chain --related-tokens --vocab 100": "--vocab 100", "chain --complete 180": "--complete 180"}
@@ -1233,14 +1269,14 @@ def test_bad_checkpoints(tmp_path, capsys):
         torch.save(content, buffer)
         return buffer.getvalue()
 
-    whole = {"config": config, "seconds": 1.0, "done": [],
+    whole = {"name": "reversal", "config": config, "seconds": 1.0, "done": [],
              "trainer": {"weights": torch.arange(1000.0)}}
     good = saved(whole)
     flipped = bytearray(good)
     flipped[good.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
     unreadable = [bytes(flipped), good[:-100], b"", b"text", saved(torch.ones(2)), saved({}),
                   saved({**whole, "config": [1]}), saved({**whole, "seconds": "a"}),
-                  saved({**whole, "done": 1}),
+                  saved({**whole, "done": 1}), saved({**whole, "name": "chain"}),
                   saved({**whole, "more": Evil(tmp_path / "marker")})]
     other = [(saved({**whole, "config": {**config, "lr": 0.5}}), ["--lr 0.01", "--lr 0.5"])]
     for content, words in [*((bad, ["not a checkpoint"]) for bad in unreadable), *other]:
@@ -1309,9 +1345,11 @@ def test_cuda_steps_never_wait_for_the_device():
 
 @cuda
 def test_cuda_command_and_resume(tmp_path, capsys):
-    assert run_in(tmp_path, "reversal", *TINY, "--dropout", "0.1") == 0
+    for task in ("reversal", "chain"):
+        assert run_in(tmp_path, task, *TINY, "--dropout", "0.1", "--animate", "--cosine") == 0
+    assert run_in(tmp_path, "icl", *TINY, "--vocab", "40") == 0
     assert f"device: cuda ({torch.cuda.get_device_name()})" in capsys.readouterr().out
-    whole, half, rest = (tiny_trainer(0, 1, epochs=4, dropout=0.1, device="cuda")[0]
+    whole, half, rest = (tiny_trainer(0, 1, epochs=4, dropout=0.1, device="cuda", animate=True)[0]
                          for _ in range(3))
     whole.run()
     half.evaluate()
@@ -1319,9 +1357,12 @@ def test_cuda_command_and_resume(tmp_path, capsys):
         half.step()
         if half.steps % half.steps_per_epoch == 0:
             half.evaluate()
-    rest.load_state_dict(half.state_dict())
+    torch.save(half.state_dict(), tmp_path / "half.pt")
+    rest.load_state_dict(torch.load(tmp_path / "half.pt", map_location="cpu", weights_only=True))
     rest.run()
     assert torch.equal(whole.curves, rest.curves)
+    for (_, one), (_, other) in zip(whole.frames, rest.frames, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 if __name__ == "__main__":
