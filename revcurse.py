@@ -448,7 +448,9 @@ class Trainer:
             return functional_call(self.model, state, (tokens, last))
 
         state = {**self.params, **self.buffers, **(noise or {})}
-        return vmap(one_seed)({name: value[:len(tokens)] for name, value in state.items()}, tokens)
+        if len(tokens) < len(self.generators):
+            state = {name: value[:len(tokens)] for name, value in state.items()}
+        return vmap(one_seed)(state, tokens)
 
     def losses(self, sentences, last, noise=None):
         """NLL of the last tokens, each given those before it: (S, B, T + 1) to (S, B, last)."""
@@ -494,7 +496,9 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         """The curves' next point."""
-        losses = self.losses(self.sentences, self.K).clamp(max=NLL_CEILING)  # (S, sentences, K)
+        # Some sentences at a time: their activations stay in the processor's cache.
+        losses = [self.losses(part, self.K) for part in self.sentences.split(200, dim=1)]
+        losses = torch.cat(losses, dim=1).clamp(max=NLL_CEILING)  # (S, sentences, K)
         both = torch.stack([losses[..., self.datasets[0].graded], losses.sum(-1)])
         parts = both[..., :self.train_count], both[..., self.train_count:]  # (2, S, sentences)
         self.curves[:, :, self.evaluations] = torch.stack([part.mean(-1) for part in parts])
