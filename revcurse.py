@@ -194,7 +194,7 @@ def icl_data(vocab_size=400, complete=7, held_out=3, generator=None):
     letters, partners = vocab_size // 4, complete + held_out
     if letters < 1 or letters + partners > vocab_size:
         raise ValueError(f"vocab {vocab_size}: a quarter for A, and {partners} tokens for B, need "
-                         f"{max(4, partners + partners // 3 + 1)} or more")
+                         f"{max(4, partners + (partners - 1) // 3)} or more")
     tokens = 3 + torch.randperm(vocab_size, generator=generator)[:letters + partners]
     alphabet, others = tokens[None, :letters], tokens[letters:]
     order = torch.rand(letters, partners, generator=generator).argsort(1)  # of the B's, for each A

@@ -164,6 +164,12 @@ def test_icl_data_is_the_papers():
     assert sorted(data.alphabets.flatten().tolist()) == sorted(letters_a)
 
 
+def test_the_smallest_icl_data():
+    assert len(icl_data(13).train) == 3 * 7
+    with pytest.raises(ValueError, match="need 13 or more"):
+        icl_data(12)
+
+
 def test_names_of_chain_and_icl():
     def words(data, group):
         return [[data.names[t] for t in s] for s in data.groups[group].tolist()]
