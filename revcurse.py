@@ -719,6 +719,8 @@ def describe(results, inches):
             usual = "" if paper in (None, *values) else f" (paper: {paper})"
             words.append(text.format(*values) + usual)
     what = f"{TASKS[runs[0]['command']].title} task"
+    if config.get("related_tokens"):
+        what += " with related tokens"
     if "axis" in config:
         *_, usual = AXES[config["axis"]]
         usual = "" if usual.split() == config["values"] else f" (--preset paper: {usual})"
