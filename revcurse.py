@@ -787,7 +787,7 @@ def draw_weights(results, matrices):
 
 
 def draw_cosines(results, matrices):
-    """Figure 11: cosine similarities of the token embeddings, which are nearly orthogonal."""
+    """Figure 11: cosine similarities of the token embeddings; those never read stay as drawn."""
     width = max(6, 1.5 + 3.6 * len(matrices))
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     grid = figure.subplots(1, len(matrices), squeeze=False)[0]
