@@ -42,6 +42,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
@@ -85,9 +86,9 @@ def count_facts(vocab_size, entity_length, complete=None, held_out=None):
     most = (facts, facts) if entity_length < 3 else (100, 50)
     complete = min(round(0.7 * facts), most[0]) if complete is None else complete
     held_out = min(facts - round(0.7 * facts), most[1]) if held_out is None else held_out
-    if min(complete, held_out) < 1:
+    if held_out < 1:
         raise ValueError(f"vocab {vocab_size}: gives {complete} complete and {held_out} held-out "
-                         "facts; one of each is needed, so 8 tokens or more")
+                         "facts; one of these is needed, so 8 tokens or more")
     if complete + held_out > letters**entity_length:
         raise ValueError(f"complete {complete}: with --held-out {held_out} that is more than the "
                          f"{letters**entity_length} entities of length {entity_length} that the "
@@ -206,6 +207,26 @@ def icl_data(vocab_size=400, complete=7, held_out=3, generator=None):
     return Dataset(groups, alphabet, names)
 
 
+def distractor_data(vocab_size, complete=3, held_out=3, generator=None):
+    """Ours, for the attention of Section 4: a Dataset of "A D -> B", where D distracts.
+
+    Each of complete + held_out A's has its own B and meets the same number of D's: `complete` of
+    them, drawn for each A, in training, the others in validation. Raises ValueError if vocab_size
+    is too small.
+    """
+    n = complete + held_out
+    if vocab_size < 3 * n:
+        raise ValueError(f"vocab {vocab_size}: {n} tokens each for A, B and D need {3 * n}")
+    a, b, d = 2 + torch.randperm(vocab_size, generator=generator)[:3 * n].view(3, n, 1)
+    order = torch.rand(n, n, generator=generator).argsort(1)  # of the D's, for each A
+    every = sentences(a.repeat_interleave(n, dim=0), d[order].view(-1, 1), FORWARD,
+                      b.repeat_interleave(n, dim=0)).view(n, n, 4)
+    groups = {"train": every[:, :complete].flatten(0, 1),
+              "validation": every[:, complete:].flatten(0, 1)}
+    names = token_names(["->", "<-"], vocab_size, "ABD", [a[:, 0], b[:, 0], d[:, 0]])
+    return Dataset(groups, b.T, names)
+
+
 def name_pairs(data, facts, generator=None):
     """Reversal data with the user's names: each of its pairs gets a random one of facts, which are
     as many tuples (A, B) as an alphabet has letters."""
@@ -242,6 +263,97 @@ TASKS = {
                 "The reversal curse", "No contradiction: the answer stands in the context, to be "
                 "copied; the curse is about what the weights store.", {}),
 }
+
+
+# ----------------------------------------------------------------------------------------- Theory
+
+
+class Bilinear(nn.Module):
+    """The bilinear model (Section 3): token ids x (..., T) to logits (..., T, vocab_size).
+
+    l(y|x) = x^T Theta y, with x and y the fixed random embeddings of two tokens, from N(0, I/dim);
+    p(y|x) is the softmax over all tokens y. Theta (dim, dim) is trained; it starts from
+    N(0, sigma^2). symmetric: (Theta + Theta^T) / 2 stands for it. Raises ValueError for dim < 1.
+
+    For the pair x -> y gradient descent adds x (y - sum_j p_j v_j)^T to Theta. That moves
+    x^T Theta y by |x|^2 |y|^2, about 1, and y^T Theta x by products of nearly orthogonal vectors.
+    """
+
+    def __init__(self, dim, vocab_size, sigma=0.0, generator=None, symmetric=False):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim {dim}: must be 1 or more")
+        normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        self.symmetric = symmetric
+        self.register_buffer("embeddings", normal(vocab_size, dim) / math.sqrt(dim))
+        self.Theta = nn.Parameter(sigma * normal(dim, dim))
+
+    def forward(self, tokens, last=None):
+        """As GPT.forward, but each token knows of no other."""
+        theta = (self.Theta + self.Theta.mT) / 2 if self.symmetric else self.Theta
+        x = self.embeddings[tokens[..., -last:] if last else tokens]  # (..., T, D)
+        return x @ theta @ self.embeddings.mT  # x^T Theta v for all v: (..., T, V)
+
+
+def in_span(model):
+    """The Bilinear with all its logits the same, and a Theta of (V, V) if dim > V: less to compute.
+
+    E^T = Q R, with E (V, D) the embeddings and Q (D, V) orthonormal, turns E Theta E^T into
+    R^T (Q^T Theta Q) R. Gradient descent on Q^T Theta Q takes the same steps, and what else is in
+    Theta no logit sees and no step changes.
+    """
+    if model.embeddings.shape[1] > model.embeddings.shape[0]:
+        Q, R = torch.linalg.qr(model.embeddings.mT)
+        model.embeddings = R.mT.contiguous()
+        model.Theta = nn.Parameter(Q.mT @ model.Theta.detach() @ Q)
+    return model
+
+
+class OneLayer(nn.Module):
+    """The one-layer transformer (Section 4, after Tian et al. 2023): token ids (..., T + 1), the
+    context x_1 .. x_T and then the query, to the logits (..., vocab_size) of the next token.
+
+    Y and Z (V, V), both 0 at the start, stand for products of the usual weights and embeddings.
+    With alpha = softmax(logits), e the one-hot vector of the next token, q of the query, a step is
+
+        dY ~ f (e - alpha)^T,   dZ ~ q (e - alpha)^T Y^T (P / |X^T b|) X^T diag(b) X,
+
+    with P the projection orthogonal to X^T b. For "A -> B" the context is A alone: b = 1, f = A, Z
+    has no gradient, and the answer is row A of Y. No step on "A -> B" touches row B.
+    """
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        for name in ("Y", "Z"):
+            zeros = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(zeros))
+
+    @staticmethod
+    def attention(Z, tokens):
+        """b = softmax over the context of Z[query, x_t]: (V, V) and (..., T + 1) to (..., T)."""
+        return Z[tokens[..., -1:], tokens[..., :-1]].softmax(-1)
+
+    def forward(self, tokens, last=1):
+        """last: as GPT.forward's, but there is only one token to predict."""
+        b = self.attention(self.Z, tokens)  # (..., T)
+        X = F.one_hot(tokens[..., :-1], len(self.Y)).to(b.dtype)  # (..., T, V)
+        Xb = (b[..., None, :] @ X)[..., 0, :]  # X^T b: (..., V)
+        f = Xb / Xb.norm(dim=-1, keepdim=True)
+        return f @ self.Y  # Y^T f
+
+
+def closed_form(times, vocab_size, sentences):
+    """NLL of trained sentences after each of `times` of gradient flow on their mean loss, in both
+    models: with orthonormal embeddings and no token in two contexts, each is on its own.
+
+    M = vocab_size, N = sentences, u = the target's logit above any other:
+        N/M (exp(u) + (M - 1) u - 1) = t,   NLL = log(1 + (M - 1) exp(-u))
+    Untrained contexts stay at log M. t(u) rises, so u(t) is read off a fine table.
+    """
+    M, N = vocab_size, sentences
+    u = np.linspace(0, math.log1p(M / N * max(times)), 100_001)
+    t = N / M * (np.expm1(u) + (M - 1) * u)
+    return np.interp(times, t, np.log1p((M - 1) * np.exp(-u)))
 
 
 # ------------------------------------------------------------------------------------------ Model
@@ -401,6 +513,14 @@ def nll(logits, targets):
     return flat.view(targets.shape)
 
 
+def spaced(epochs, log=False):
+    """All epochs from 0 on or about 100 of them, evenly spaced or, with log, ever further apart."""
+    points = np.linspace(0, epochs, min(epochs, 100) + 1)
+    if log:
+        points = np.append(0, np.geomspace(1, epochs, 100))
+    return np.unique(points.round().astype(int)).tolist()
+
+
 class Trainer:
     """Trains S seeds of one model at once, each on its own data, from its own weights.
 
@@ -410,12 +530,13 @@ class Trainer:
     stacked over the seeds. loss: "entity" (the last K tokens) or "sequence" (all but the first).
 
     `curves` (2, 2, points, S) holds the NLL of training and validation sentences, of the graded
-    token and of the whole entity, after each epoch in `points` (all, or about 100 of them). With
-    animate, `frames` gets the epoch and the first seed's logit_matrices about 25 times.
+    token and of the whole entity, after each epoch in `points` (0 to the last; if not given, all or
+    about 100 of them). At some points (each record_every-th) `frames` gets the epoch and what the
+    function `record` says of this trainer, {name: tensor}.
     """
 
     def __init__(self, models, datasets, generators, make_optimizer, *, epochs, batch_size=64,
-                 loss="entity", device="cpu", animate=False):
+                 loss="entity", device="cpu", points=None, record=None, record_every=1):
         models = [model.to(device).eval() for model in models]  # eval: see Dropout
         self.model = models[0]  # for its structure: its own weights are not used
         self.params, self.buffers = stack_module_state(models)  # each tensor (S, ...)
@@ -428,10 +549,11 @@ class Trainer:
         self.train_count = len(datasets[0].train)
         self.P = self.K if loss == "entity" else self.sentences.shape[2] - 1
         self.steps_per_epoch = math.ceil(self.train_count / batch_size)
-        self.points = np.linspace(0, epochs, min(epochs, 100) + 1).round().astype(int).tolist()
-        self.curves = torch.zeros(2, 2, len(self.points), len(models), device=device)
-        apart = math.ceil(len(self.points) / 25)
-        self.frames, self.frame_points = [], {*self.points[::apart], epochs} if animate else set()
+        self.points = points or spaced(epochs)
+        self.curves = torch.zeros(2, 2, len(self.points), len(models), device=device,
+                                  dtype=next(iter(self.params.values())).dtype)
+        self.record, self.frames = record, []
+        self.record_points = {*self.points[::record_every], epochs} if record else set()
         self.bad_epoch = torch.full((len(models),), math.inf, device=device)  # of the first NaN
         self.steps = self.evaluations = 0
         self.order = torch.zeros(len(models), self.train_count, dtype=torch.long)  # of this epoch
@@ -445,7 +567,7 @@ class Trainer:
         """Each seed's model on its own sentences: (S, B, T) to (S, B, last, V). Fewer than S take
         the first seeds."""
         def one_seed(state, tokens):
-            return functional_call(self.model, state, (tokens, last))
+            return functional_call(self.model, state, (tokens, last)).view(len(tokens), last, -1)
 
         state = {**self.params, **self.buffers, **(noise or {})}
         if len(tokens) < len(self.generators):
@@ -504,8 +626,8 @@ class Trainer:
         self.curves[:, :, self.evaluations] = torch.stack([part.mean(-1) for part in parts])
         self.note_bad(losses.sum((1, 2)))
         epoch = self.points[self.evaluations]
-        if epoch in self.frame_points:
-            self.frames.append((epoch, logit_matrices(self, seeds=1)))
+        if epoch in self.record_points:
+            self.frames.append((epoch, self.record(self)))
         self.evaluations += 1
 
     def run(self, watch=lambda: None):
@@ -676,9 +798,105 @@ def examples(trainer, count=3):
     return lines
 
 
+@torch.no_grad()
+def asymmetry(trainer):
+    """|Theta - Theta^T| / |Theta| of each seed's Bilinear (Frobenius norms; NaN where Theta is 0):
+    0 if symmetric, sqrt(2) if the two directions have nothing to do with each other."""
+    theta = trainer.params["Theta"]  # (S, D, D)
+    theta = (theta + theta.mT) / 2 if trainer.model.symmetric else theta
+    return {"asymmetry": (theta - theta.mT).norm(dim=(1, 2)) / theta.norm(dim=(1, 2))}
+
+
+@torch.no_grad()
+def probabilities(trainer):
+    """p(right answer) of each sentence, (S, sentences), and b of its first token in OneLayer."""
+    Z, tokens = trainer.params["Z"], trainer.sentences[..., :-1]
+    return {"probability": (-trainer.losses(trainer.sentences, 1)[..., 0]).exp(),
+            "attention": vmap(trainer.model.attention)(Z, tokens)[..., 0]}
+
+
+def flow_times(run, trainer):
+    """The times t of gradient flow on the mean loss that the points of the curves stand for."""
+    return [epoch * run.config["lr"] * trainer.train_count for epoch in trainer.points]
+
+
+def collect_bilinear(run, trainer, results):
+    """Add a dimension's numbers to the results; its logits as matrices.
+
+    epsilon: the smallest with which Theorem 1, L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon, holds
+    for all seeds at all points of the curves.
+    """
+    curves = trainer.curves[:, 0].mT.cpu()  # (2, S, points)
+    forward, reversal = (curves / curves[..., :1]).log()[..., 1:]
+    epsilon = torch.where(forward < 0, reversal / forward, 0).max().clamp(min=0)
+    skew = torch.stack([frame["asymmetry"] for _, frame in trainer.frames], dim=1).tolist()
+    results |= {
+        "dim": run.config["dim"], "symmetric": run.config["symmetric"],
+        "curves": {"time": flow_times(run, trainer), "forward_nll": curves[0].tolist(),
+                   "reversal_nll": curves[1].tolist(),
+                   "asymmetry": [[x if x == x else None for x in seed] for seed in skew]},
+        "reversal_shift": (curves[1, :, -1] - curves[1, :, 0]).abs().mean().item(),
+        "reversal_nll_min": curves[1].min().item(), "epsilon": epsilon.item()}
+    return {name: matrix[0] for name, matrix in logit_matrices(trainer, seeds=1).items()}
+
+
+def halves(runs):
+    """Runs of a bilinear results file: (those of a plain Theta, those of a symmetric one)."""
+    return tuple([run for run in runs if run["symmetric"] == kind] for kind in (False, True))
+
+
+def conclude_bilinear(results):
+    """Add the slope of log shift against log dimension, over all dimensions and over those with
+    room for all tokens; None for fewer than two."""
+    for name, least in [("slope", 0), ("slope_large", results["config"]["vocab"])]:
+        points = {run["dim"]: run["reversal_shift"] for run in halves(results["runs"])[0]
+                  if run["dim"] >= least and run["reversal_shift"] > 0}
+        results[name] = np.polyfit(*np.log([list(points), list(points.values())]), 1)[0] if (
+            len(points) > 1) else None
+
+
+def collect_onelayer(run, trainer, results):
+    """Add the numbers of one kind of data to the results; Y and Z as matrices.
+
+    For each group of sentences: curves of their mean probability, a list for each seed; the lowest
+    and highest at the end and the highest ever, of all sentences and seeds.
+    """
+    times, data = flow_times(run, trainer), run.datasets[0]
+    read, entities = (set(data.train[:, columns].flatten().tolist()) for columns in ([0], [0, -1]))
+    sizes = [sentences.shape[1] for sentences in trainer.groups.values()]
+    p, b = (torch.stack([frame[name] for _, frame in trainer.frames], dim=2).cpu()
+            for name in ("probability", "attention"))  # (S, sentences, points)
+    expected = closed_form(times, len(data.names), trainer.train_count)
+    gap = (p[:, :trainer.train_count].log() + torch.from_numpy(expected)).abs().max()
+    results |= {"curves": {"time": times}, "ends": {}, "attention": {},
+                "closed_form_gap": gap.item(),
+                "tokens": sorted(([data.names[token], token, token in read] for token in entities),
+                                 key=lambda entity: (entity[0][0], int(entity[0][1:] or 0)))}
+    for name, part, heard in zip(trainer.groups, p.split(sizes, 1), b.split(sizes, 1), strict=True):
+        if part.numel():
+            results["curves"][name] = part.mean(1).tolist()
+            results["attention"][name] = heard.mean(1).tolist()
+            results["ends"][name] = {"lowest": part[..., -1].min().item(), "highest_ever":
+                                     part.max().item(), "highest": part[..., -1].max().item()}
+    return {"Y": trainer.params["Y"][0].detach(), "Z": trainer.params["Z"][0].detach()}
+
+
+def conclude_onelayer(results):
+    """Add the summary of Theorems 3 and 4: the worst sentence and seed."""
+    reversal, chain, *_ = results["runs"]
+    (*trained, unseen), (*steps, indirect) = (run["ends"].values() for run in (reversal, chain))
+    results["summary"] = {
+        "trained_probability_min": min(end["lowest"] for end in trained + steps),
+        "unseen_probability_max": unseen["highest_ever"],
+        "chain_unseen_probability_max": indirect["highest_ever"],
+        "chance": math.exp(-reversal["chance"]["vocabulary"]),
+        "closed_form_gap": max(run["closed_form_gap"] for run in (reversal, chain))}
+
+
 # --------------------------------------------------------------------------------------- Plotting
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # colour-blind readers tell them apart
+# Colour-blind readers can tell these apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 
 def draw_panel(axes, run, name):
@@ -828,9 +1046,188 @@ def draw_animation(results, frames, epochs, file):
         file.write(path.read_bytes())
 
 
+def draw_seeds(axes, times, seeds, **style):
+    """A line for the mean of the seeds (S, points), with a band from the lowest to the highest."""
+    seeds = np.array(seeds, dtype=float)
+    axes.fill_between(times, seeds.min(0), seeds.max(0), color=style["color"], alpha=0.2, lw=0)
+    axes.plot(times, seeds.mean(0), **style)
+
+
+def shades(runs):
+    """A colour for each run, the last the darkest."""
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(runs)))[::-1]
+
+
+def draw_losses(axes, runs, tied):
+    """Forward and reversal NLL against time, with the closed form of the orthonormal limit."""
+    chance, times = runs[0]["chance"]["vocabulary"], np.array(runs[0]["curves"]["time"][1:])
+    lines = [(run, name, {"color": colour}) for run, colour in zip(runs, shades(runs), strict=True)
+             for name in ("forward", "reversal")]
+    lines += [(run, name, {"color": ORANGE, "ls": style,
+                           "label": f"{name}, dim {run['dim']}, symmetric"})
+              for run in tied[-1:] for name, style in [("forward", "-"), ("reversal", ":")]]
+    for run, name, style in lines:
+        draw_seeds(axes, times, np.array(run["curves"][f"{name}_nll"])[:, 1:], **style)
+    axes.plot(times, closed_form(times, round(math.exp(chance)), runs[0]["counts"]["train"]), "k--",
+              label="closed form of the orthonormal limit")
+    axes.axhline(chance, color=GREY, ls="--", lw=1, label=f"log m = {chance:.2f}")
+    axes.set(xscale="log", xlabel="time t of gradient flow", ylabel="NLL (nats)", ylim=(0, None),
+             title="Forward NLL falls, reversal NLL does not (colours: right)")
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def draw_theorem(axes, runs, tied):
+    """Theorem 1: L_rev(t) / L_rev(0) against L(t) / L(0), both logarithmic."""
+    least = 1
+    for run, colour, style in [*zip(runs, shades(runs), ["-"] * len(runs), strict=True),
+                               *((run, ORANGE, ":") for run in tied)]:
+        curves = [np.array(run["curves"][f"{name}_nll"]) for name in ("forward", "reversal")]
+        forward, reversal = ((losses / losses[:, :1]).T for losses in curves)
+        least = min(least, forward.min())
+        lines = axes.plot(forward, reversal, style, color=colour, lw=0.8)
+        lines[0].set_label(f"dim {run['dim']}: $\\varepsilon$ = {run['epsilon']:.2g}"
+                           if style == "-" else "symmetric" if run is tied[0] else None)
+    ratio, epsilon = np.geomspace(least, 1, 50), max(run["epsilon"] for run in runs)
+    axes.plot(ratio, ratio**epsilon, "k--",
+              label=f"$(L(t)\\,/\\,L(0))^\\varepsilon$, $\\varepsilon$ = {epsilon:.2g}")
+    axes.plot(ratio, ratio, "k:", lw=1, label="$\\varepsilon$ = 1")
+    axes.set(xscale="log", yscale="log", xlim=(1, least), xlabel=r"$L(t)\,/\,L(0)$, forward",
+             ylabel=r"$L_{rev}(t)\,/\,L_{rev}(0)$, reversal",
+             title=r"Theorem 1: no line falls below its $\varepsilon$")
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
+
+
+def draw_shifts(axes, results, runs):
+    """How far the reversal NLL moves, against the dimension: seeds and their mean."""
+    for run, colour in zip(runs, shades(runs), strict=True):
+        ends = np.array(run["curves"]["reversal_nll"])
+        moved = np.abs(ends[:, -1] - ends[:, 0])
+        axes.plot([run["dim"]] * len(moved), moved, ".", color=colour, alpha=0.6)
+        axes.plot(run["dim"], run["reversal_shift"], "o", color=colour, ms=9, mec="black")
+    dims, shifts = (np.array([run[key] for run in runs], dtype=float)
+                    for key in ("dim", "reversal_shift"))
+    large = results["config"]["vocab"]
+    for slope, least, colour, text in [
+            (results["slope"], 0, GREY, "slope of all, measured"), (results["slope_large"], large,
+             "black", f"slope from dim {large} on, measured"), (-1, 0, ORANGE, "slope predicted")]:
+        if slope is not None:  # a line through the middle of its points, the last for the predicted
+            d, shift = dims[dims >= least], shifts[dims >= least]
+            middle = np.log(shift * d**-slope)[-1 if slope == -1 else slice(None)].mean()
+            axes.plot(d, np.exp(middle) * d**slope, "--" if slope == -1 else "-", color=colour,
+                      lw=1.5, label=f"{text}: {slope:.2f}")
+    axes.set(xscale="log", yscale="log", xlabel="dimension d",
+             ylabel="|NLL(end) - NLL(start)| (nats)", title="How far the reversal NLL moves")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def draw_asymmetry(figure, maps, runs, tied):
+    """Logits of the pairs in both directions, of (matrix, name, run), and Theta against Theta^T."""
+    grid = figure.subplots(2, len(maps))
+    low, high = (f([f(matrix) for matrix, *_ in maps]) for f in (np.min, np.max))
+    for axes, (matrix, name, run) in zip(grid[0], maps, strict=True):
+        image = axes.imshow(matrix, vmin=low, vmax=high, cmap="magma")
+        entry = r"$x_i^T \Theta\, y_j$" if name == "forward" else r"$y_i^T \Theta\, x_j$"
+        axes.set_title(f"{'symmetric:' * run['symmetric']}\n{name}\n{entry}".lstrip(), fontsize=9)
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(image, ax=grid[0], shrink=0.8, label="logit")
+    for axes in grid[1]:
+        axes.remove()
+    axes = figure.add_subplot(grid[0, 0].get_gridspec()[1, :])
+    for run, colour in [*zip(runs, shades(runs), strict=True), *((run, ORANGE) for run in tied)]:
+        draw_seeds(axes, run["curves"]["time"], run["curves"]["asymmetry"], color=colour,
+                   label="symmetric" if tied and run is tied[0] else None)
+    axes.axhline(math.sqrt(2), color=GREY, ls="--", lw=1,
+                 label=r"$\sqrt{2}$: unrelated directions")
+    axes.legend(fontsize=8, frameon=False, loc="center left")
+    axes.set(xscale="log", xlabel="time t of gradient flow", ylim=(-0.05, 1.6),
+             ylabel=r"$|\Theta - \Theta^T|\,/\,|\Theta|$")
+    figure.suptitle(f"The asymmetry of Theta: logits of dim {runs[-1]['dim']}, first seed",
+                    fontsize=11)
+
+
+def draw_bilinear(results, arrays):
+    """Section 3: both losses, Theorem 1, the shift against the dimension, and Theta's asymmetry."""
+    runs, tied = halves(results["runs"])
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    losses, theorem = top.subplots(1, 2)
+    left, right = bottom.subfigures(1, 2)
+    draw_losses(losses, runs, tied)
+    draw_theorem(theorem, runs, tied)
+    draw_shifts(left.subplots(), results, runs)
+    draw_asymmetry(right, [(arrays[f"{name}_{results['runs'].index(run)}"], name, run)
+                           for run in (runs[-1], *tied[-1:]) for name in ("forward", "reversal")],
+                   runs, tied)
+    config, M = results["config"], math.exp(runs[0]["chance"]["vocabulary"])
+    figure.suptitle(f"Bilinear model: {runs[0]['counts']['train']} pairs, m = {M:.0f} tokens, "
+                    f"{config['seeds']} seeds (band: lowest to highest), gradient descent with lr "
+                    f"{config['lr']}", fontsize=12)
+    return figure
+
+
+def draw_probabilities(axes, run, trained, unseen):
+    """Theorems 3 and 4: probability of the right answer against time, and the closed form."""
+    times, chance = np.array(run["curves"]["time"][1:]), run["chance"]["vocabulary"]
+    *groups, last = run["ends"]  # the last one validates
+    for names, colour, width, label in [(groups, BLUE, 4, trained), ([last], ORANGE, 1.5, unseen)]:
+        seeds = np.concatenate([run["curves"][name] for name in names])[:, 1:]
+        draw_seeds(axes, times, seeds, color=colour, lw=width, label=label)
+    axes.plot(times, np.exp(-closed_form(times, round(math.exp(chance)), run["counts"]["train"])),
+              "k--", label="closed form")
+    axes.axhline(math.exp(-chance), color=GREY, ls="--", lw=1,
+                 label=f"1/M = {math.exp(-chance):.2g}")
+    axes.set(xscale="log", yscale="log", xlabel="time t of gradient flow",
+             ylabel="probability of the right answer")
+
+
+def draw_rows(axes, run, Y):
+    """The rows and columns of Y that belong to the entities of the sentences."""
+    names, ids, touched = zip(*run["tokens"], strict=True)
+    Y = Y[np.ix_(ids, ids)]
+    image = axes.imshow(Y, vmin=-abs(Y).max(), vmax=abs(Y).max(), cmap="RdBu_r")
+    if len(ids) <= 60:
+        axes.set_xticks(range(len(ids)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(ids)), names, fontsize=8)
+        for label, was in zip(axes.get_yticklabels(), touched, strict=True):
+            label.set_color("black" if was else ORANGE)
+    axes.set(title="Y after reversal, first seed; orange: never touched", xlabel="next token",
+             ylabel="context token")
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="logit of the next token")
+
+
+def draw_onelayer(results, arrays):
+    """Section 4: Theorems 3 and 4, the rows of Y, and what Z does."""
+    reversal, chain, both, distractors = results["runs"]
+    figure, config = Figure(figsize=(13, 10), layout="constrained"), results["config"]
+    (left, rows), (right, heard) = figure.subplots(2, 2)
+    draw_probabilities(left, reversal, "trained sentences", "unseen direction")
+    left.set_title("Theorem 3: reversal")
+    draw_probabilities(right, chain, "A -> B, B -> C: trained", "A ~> C: unseen")
+    right.set_title("Theorem 4: chain")
+    draw_seeds(right, both["curves"]["time"][1:], np.array(both["curves"]["train_ac"])[:, 1:],
+               color=GREEN, label="A ~> C where it is trained: row A has two answers")
+    right.axhline(0.5, color=GREEN, ls=":", lw=1, label="one half")
+    draw_rows(rows, reversal, arrays["Y_0"])
+    for name, colour, label in [("train", BLUE, "trained sentences"),
+                                ("validation", ORANGE, "distractors that the entity never met")]:
+        draw_seeds(heard, distractors["curves"]["time"][1:],
+                   np.array(distractors["attention"][name])[:, 1:], color=colour, label=label)
+    heard.axhline(0.5, color=GREY, ls="--", lw=1, label="one half: no preference")
+    heard.set(xscale="log", xlabel="time t of gradient flow", ylim=(0.4, 1),
+              ylabel="attention b to the entity",
+              title='Ours, not the paper\'s: "A D -> B", with a distractor D')
+    for axes in (left, right, heard):
+        axes.legend(fontsize=9, frameon=False)
+    figure.suptitle(f"One-layer transformer: M = {1 / results['summary']['chance']:.0f} tokens, "
+                    f"{config['seeds']} seeds (band: lowest to highest), lr {config['lr']}, "
+                    f"{'full batch' if config['full_batch'] else 'batch size 1'}", fontsize=12)
+    return figure
+
+
 def draw(stem, results, arrays):
     """All pictures of a run: {path: function that writes the open file}."""
-    figures = {"": draw_curves(results)}
+    theory = THEORY.get(results["command"])
+    figures = {"": theory.draw(results, arrays) if theory else draw_curves(results)}
     if "runs" not in results and (names := TASKS[results["command"]].maps):
         figures["_weights"] = draw_weights(results, {name: arrays[name] for name in names})
     if cosine := [array for name, array in arrays.items() if name.startswith("cosine")]:
@@ -926,7 +1323,8 @@ class Watch:
         """Make the trainer of this Run. The first one goes on from the checkpoint, if any."""
         self.run, saved, self.saved = run, self.saved, None
         self.trainer = None  # there is not always room for the last one and the next
-        self.label = "" if run.value is None else f"{self.config['axis']} {run.value}: "
+        axis = f"{self.config['axis']} " if "axis" in self.config else ""
+        self.label = "" if run.value is None else f"{axis}{run.value}: "
         data, size = run.datasets[0], run.config["parameters"]
         # A weight comes with its gradient and two moments, each of 4 bytes.
         self.size = f"{size:,} parameters and {16 * size / 1e6:,.1f} MB to train them"
@@ -960,9 +1358,10 @@ class Watch:
             print()
         if isinstance(error, RuntimeError) and any(  # CUDA's OutOfMemoryError is one
                 words in str(error).lower() for words in ("out of memory", "alloc")):
-            names = "seeds", "batch_size", "layers", "dim", "vocab"
+            lower = [flag(self.config, name) for name in (
+                "seeds", "batch_size", "layers", "dim", "dims", "vocab") if name in self.config]
             raise Problem(f"out of memory: each seed has {self.size}, and its activations on top; "
-                          f"lower {', '.join(flag(self.run.config, name) for name in names)}", 1)
+                          f"lower {', '.join(lower)}", 1)
 
     def __call__(self):
         now, part = time.monotonic(), self.trainer.steps % self.part == 0
@@ -983,6 +1382,13 @@ class Watch:
                      if epoch < math.inf]
             raise Problem(f"{self.label}the loss is not finite since epoch {min(broken):.0f}, seed "
                           f"{', '.join(seeds)}: try a smaller --lr than {self.config['lr']}", 1)
+        if self.run.command in THEORY:
+            losses = trainer.curves[0, 0, :trainer.evaluations]  # (points, S)
+            rise = (losses - losses.cummin(0).values).max().item()
+            if rise > 0.01:  # gradient flow never rises
+                raise Problem(f"{self.label}the training loss rises by {rise:.2g} nats: --lr "
+                              f"{self.config['lr']} is unstable, too long a step to stand for "
+                              f"gradient flow; try --lr {self.config['lr'] / 4:.2g}", 1)
         if self.config["quiet"] or not (self.in_place or part):
             return
         train, validation = trainer.curves[:, 0, trainer.evaluations - 1].mean(1).tolist()
@@ -1056,10 +1462,17 @@ FLAGS = {
         ("dropout", SHARE, 0.0, 0.1, "share of the activations zeroed in training"),
         ("freeze-embeddings", bool, False, None, "do not train them [paper: off; also on]"),
         ("tie-embeddings", bool, False, None, "output matrix is the token embedding [paper: off]")],
+    "theory": [
+        ("dims", number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10**4),
+         [16, 32, 64, 128, 256, 512, 1024], None, "embedding dimensions, a training for each"),
+        ("sigma", DECAY, 0.0, None, "Theta starts from N(0, sigma^2)"),
+        ("symmetric", bool, False, None, "train also with Theta tied to its transpose"),
+        ("full-batch", bool, False, None, "all sentences a step, not one at a time")],
     "training": [
         ("epochs", COUNT, None, 3000, "passes over the training sentences"),
         ("batch-size", COUNT, 64, 64, "sentences a step"),
-        ("lr", RATE, 0.01, 0.01, "learning rate of AdamW"),
+        ("lr", RATE, 0.01, 0.01, "learning rate of AdamW; in the theory, the step of gradient "
+         "descent for each sentence"),
         ("betas", SHARE, [0.9, 0.999], None, "decay rates of its moments [paper: 0.9 0.999]"),
         ("weight-decay", DECAY, 0.01, 0.01, "of AdamW; the authors' 0.9 never reaches theirs"),
         ("loss", ["entity", "sequence"], "entity", "entity", "on the last entity or all tokens"),
@@ -1073,11 +1486,19 @@ FLAGS = {
         ("resume", bool, False, None, "go on from the checkpoint of an interrupted run"),
         ("quiet", bool, False, None, "print no progress line")],
 }
-ONLY = {"entity-length": ("reversal", "chain"), "related-tokens": ("chain",),
-        "facts": ("reversal",), "animate": ("reversal", "chain")}  # flags of these tasks alone
-# Defaults that a task, ablate or an axis of ablate has for itself: (laptop preset, paper preset).
+ONLY = {  # flags of these commands alone
+    **dict.fromkeys([*(name for name, *_ in FLAGS["model"]), "batch-size", "betas", "weight-decay",
+                     "loss", "cosine"], ("reversal", "chain", "icl")),
+    **dict.fromkeys(["complete", "held-out"], ("reversal", "chain", "icl", "onelayer")),
+    **dict.fromkeys(["dims", "sigma", "symmetric"], ("bilinear",)), "full-batch": ("onelayer",),
+    "entity-length": ("reversal", "chain"), "related-tokens": ("chain",), "facts": ("reversal",),
+    "animate": ("reversal", "chain")}
+# Defaults that a command or an axis of ablate has for itself: (laptop preset, paper preset).
 DEFAULTS = {
     "chain": {"epochs": (140, 3000), "lr": (0.003, 0.01)},
+    "bilinear": {"vocab": (100, None), "epochs": (1500, None), "lr": (0.08, None)},
+    "onelayer": {"vocab": (100, None), "complete": (3, None), "held-out": (3, None),
+                 "epochs": (400, None), "lr": (0.25, None)},
     "icl": {"vocab": (400, 400), "complete": (7, 7), "held-out": (3, 3), "epochs": (40, 3000)},
     "ablate": {"seeds": (3, 10), "vocab": (400, 800), "epochs": (160, 3000), "lr": (0.003, 0.01)},
     "vocab": {"epochs": (None, 3000)},
@@ -1134,12 +1555,14 @@ def build_parser():
                                  help="what to try, for size LAYERSxDIM [" + "; ".join(
                                      f"{axis}: {values}" for axis, (_, values, _) in AXES.items())
                                  + "; --preset paper has the paper's]")
-    for task in TASKS:
-        added[task].add_argument("--preset", choices=["laptop", "paper"], default="laptop",
-                                 help="values of the flags that are not given [laptop]")
+    for task in (*TASKS, *THEORY):
+        if task in TASKS:
+            added[task].add_argument("--preset", choices=["laptop", "paper"], default="laptop",
+                                     help="values of the flags that are not given [laptop]")
         groups = {title: added[task].add_argument_group(title) for title in FLAGS}
         for name, (title, kind, laptop, paper, text) in task_flags(task).items():
-            options = {"type": kind, "metavar": "X", "nargs": 2 if name == "betas" else None}
+            options = {"type": kind, "metavar": "X",
+                       "nargs": {"betas": 2, "dims": "+"}.get(name)}
             if kind is bool:
                 options = {"action": "store_const", "const": True}
             elif isinstance(kind, list):
@@ -1148,6 +1571,8 @@ def build_parser():
                 small = "80, or 480 steps" if laptop is None else laptop
                 usual = "" if laptop == paper else f"laptop: {small}, "
                 text += f" [{usual}paper: {paper}]"
+            elif laptop and "[" not in text:
+                text += f" [{' '.join(map(str, laptop)) if isinstance(laptop, list) else laptop}]"
             groups[title].add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
     return parser
 
@@ -1162,7 +1587,8 @@ def parse(argv, axis=None):
     for name, (_, _, laptop, paper, _) in task_flags(args.command, axis).items():
         name = name.replace("-", "_")
         if getattr(args, name, 0) is None:
-            setattr(args, name, laptop if args.preset == "laptop" or paper is None else paper)
+            paper_size = getattr(args, "preset", "laptop") == "paper" and paper is not None
+            setattr(args, name, paper if paper_size else laptop)
     return args
 
 
@@ -1202,7 +1628,7 @@ def read_facts(path):
     return facts
 
 
-def make_model(config, data, generator=None):
+def make_gpt(config, data, generator=None):
     """The GPT that the flags describe, for the sentences of this data set."""
     model = GPT(len(data.names), data.train.shape[1] - 1, config["layers"], config["heads"],
                 config["dim"], config["position"], config["dropout"], config["tie_embeddings"],
@@ -1216,11 +1642,12 @@ def make_model(config, data, generator=None):
 class Run(NamedTuple):
     """One training: what a command line of a task asks for."""
 
-    command: str  # of TASKS
+    command: str  # of TASKS or THEORY
     value: str | None  # in a sweep
     config: dict  # every flag's final value
     datasets: list[Dataset]
     generators: list[torch.Generator]
+    make_model: Callable[[Dataset, torch.Generator], nn.Module]
 
 
 def flag_values(args):
@@ -1229,39 +1656,91 @@ def flag_values(args):
             for name, value in vars(args).items() if name not in ("command", "rest")}
 
 
-def prepare(args, value=None):
-    """The Run of a task's command line. Raises Problem if flags do not fit together."""
+def prepare(args, value, make_data, make_model):
+    """The Run of these flags on data that make_data(generator) gives. Raises Problem if flags do
+    not fit together."""
     generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.seeds)]
+    try:
+        datasets = [make_data(g) for g in generators]
+        with torch.device("meta"):  # all that the model checks, and none of its memory
+            size = sum(weight.numel() for weight in make_model(datasets[0], None).parameters())
+    except ValueError as error:  # it begins with the parameter, which is named as the flag
+        raise Problem(f"--{error}") from None
+    config = flag_values(args) | {"device": choose_device(args.device), "parameters": size}
+    return Run(args.command, value, config, datasets, generators, make_model)
+
+
+def prepare_task(args, value=None):
+    """The Run of a task's command line."""
     facts = read_facts(args.facts) if getattr(args, "facts", None) else None
     for name in ("facts", "related_tokens"):
         if getattr(args, name, None) and args.entity_length > 1:
             raise Problem(f"--entity-length {args.entity_length}: does not go with "
                           f"--{name.replace('_', '-')}")
-    config = flag_values(args) | ({"vocab": 4 * len(facts)} if facts else {})
-    make = TASKS[args.command].data
-    options = {name: config[name] for name in inspect.signature(make).parameters if name in config}
-    try:
-        datasets = [make(config["vocab"], **options, generator=g) for g in generators]
-        with torch.device("meta"):  # all that the model checks, and none of its memory
-            size = sum(weight.numel() for weight in make_model(config, datasets[0]).parameters())
-    except ValueError as error:  # it begins with the parameter, which is named as the flag
-        raise Problem(f"--{error}") from None
-    if facts:
-        datasets = [name_pairs(data, facts, g) for data, g in zip(datasets, generators,
-                                                                  strict=True)]
-    counts = [len(sentences) for sentences in datasets[0].groups.values()]
-    steps = math.ceil(len(datasets[0].train) / args.batch_size)  # of an epoch
-    config |= {"complete": args.complete or counts[0], "held_out": args.held_out or counts[-1],
-               "epochs": args.epochs or max(80, math.ceil(480 / steps)),
-               "device": choose_device(args.device), "parameters": size}
-    return Run(args.command, value, config, datasets, generators)
+    args.vocab = 4 * len(facts) if facts else args.vocab
+    flags, make = flag_values(args), TASKS[args.command].data
+    options = {name: flags[name] for name in inspect.signature(make).parameters if name in flags}
+
+    def make_data(generator):
+        data = make(args.vocab, **options, generator=generator)
+        return name_pairs(data, facts, generator) if facts else data
+
+    run = prepare(args, value, make_data, functools.partial(make_gpt, flags))
+    counts = [len(sentences) for sentences in run.datasets[0].groups.values()]
+    steps = math.ceil(len(run.datasets[0].train) / args.batch_size)  # of an epoch
+    return run._replace(config=run.config | {
+        "complete": args.complete or counts[0], "held_out": args.held_out or counts[-1],
+        "epochs": args.epochs or max(80, math.ceil(480 / steps))})
+
+
+def bilinear_runs(args):
+    """A Run for each of the dimensions on the reversal task's pairs, and with --symmetric another.
+
+    Section 3 has no relations: the sentences are x y, trained, and y x, asked.
+    """
+    def make_data(generator):
+        data = reversal_data(args.vocab, 1, 0, args.vocab // 4, generator)  # no pair is complete
+        return data._replace(groups={
+            name: data.groups[group][:, [0, 2]] for name, group in [
+                ("forward", "validation_seen"), ("reversal", "validation_unseen")]})
+
+    for symmetric in [False, True][:1 + args.symmetric]:
+        for dim in args.dims:
+            def make_model(data, generator, dim=dim, symmetric=symmetric):
+                return in_span(Bilinear(dim, len(data.names), args.sigma, generator, symmetric))
+
+            run = prepare(args, f"dim {dim}{', symmetric' * symmetric}", make_data, make_model)
+            yield run._replace(config=run.config | {
+                "dim": dim, "symmetric": symmetric, "batch_size": len(run.datasets[0].train)})
+
+
+def onelayer_runs(args):
+    """A Run on each kind of data: Theorem 3's, Theorem 4's, and two that show their limits."""
+    V, complete, held_out = args.vocab, args.complete, args.held_out
+    for value, make_data in {
+            "reversal": functools.partial(reversal_data, V, 1, complete, held_out),
+            "chain": functools.partial(chain_data, V, 1, 0, complete + held_out),
+            "chain with A ~> C": functools.partial(chain_data, V, 1, complete, held_out),
+            "distractors": functools.partial(distractor_data, V, complete, held_out)}.items():
+        run = prepare(args, value, lambda g, make=make_data: make(generator=g),
+                      lambda data, _: OneLayer(len(data.names)))
+        yield run._replace(config=run.config | {
+            "batch_size": len(run.datasets[0].train) if args.full_batch else 1})
 
 
 def plan(args):
     """What a command line asks for: (name of its files, configuration, its Runs). A value of ablate
     is a command line as well: the task's, with the value's flags at the end."""
+    if args.command in THEORY:
+        runs = list(THEORY[args.command].runs(args))
+        if runs[0].config["device"] == "mps":
+            raise Problem("--device mps: has no float64, in which the theory is computed")
+        if args.lr > 1:
+            raise Problem(f"--lr {args.lr}: a step that moves a logit by more than 1 does not "
+                          "stand for gradient flow and may be unstable")
+        return args.command, flag_values(args) | {"device": runs[0].config["device"]}, runs
     if args.command in TASKS:
-        run = prepare(args)
+        run = prepare_task(args)
         related = "-related-tokens" if run.config.get("related_tokens") else ""
         return args.command + related, run.config, [run]
     form, laptop, paper = AXES[args.axis]
@@ -1282,7 +1761,7 @@ def plan(args):
         if len(parts) != form.count("{}"):
             raise Problem(f"--values {value}: not one for {args.axis}, such as {laptop}")
         flags = form.format(*parts).split()
-        runs.append(prepare(parse([task, *args.rest, *flags], args.axis), value))
+        runs.append(prepare_task(parse([task, *args.rest, *flags], args.axis), value))
     config = {**flag_values(base), "axis": args.axis, "values": values,
               "device": runs[0].config["device"]}
     return f"ablate-{'chain-' if task == 'chain' else ''}{args.axis}", config, runs
@@ -1290,46 +1769,61 @@ def plan(args):
 
 def make_trainer(run):
     """The trainer that the flags describe."""
-    config = run.config
-    return Trainer(
-        [make_model(config, *seed) for seed in zip(run.datasets, run.generators, strict=True)],
-        run.datasets, run.generators,
-        lambda params: torch.optim.AdamW(
+    config, options = run.config, {"record": THEORY[run.command].record, "points": spaced(
+        run.config["epochs"], log=True)} if run.command in THEORY else {"loss": run.config["loss"]}
+    if config.get("animate"):
+        options |= {"record": functools.partial(logit_matrices, seeds=1),
+                    "record_every": math.ceil(len(spaced(config["epochs"])) / 25)}
+
+    def make_optimizer(params):
+        if run.command in THEORY:  # the loss is a mean over the batch, lr is for each sentence
+            return torch.optim.SGD(params, lr=config["lr"] * config["batch_size"])
+        return torch.optim.AdamW(
             params, lr=config["lr"], betas=config["betas"], weight_decay=config["weight_decay"],
-            fused=config["device"] != "mps"),  # which old versions of torch lack
-        epochs=config["epochs"], batch_size=config["batch_size"], loss=config["loss"],
-        device=config["device"], animate=config.get("animate", False))
+            fused=config["device"] != "mps")  # which old versions of torch lack
+
+    models = [run.make_model(*seed) for seed in zip(run.datasets, run.generators, strict=True)]
+    return Trainer(models, run.datasets, run.generators, make_optimizer, epochs=config["epochs"],
+                   batch_size=config["batch_size"], device=config["device"], **options)
 
 
 def collect(run, trainer, seconds):
     """(Content of the results file, {name: matrix of the first seed} for the .npz)."""
-    config, data, arrays, K = run.config, run.datasets[0], {}, trainer.K
-    train, validation = trainer.curves.transpose(2, 3).tolist()  # each (2, S, points)
-    chance = {"vocabulary": math.log(len(data.names)),
-              "alphabet": math.log(data.alphabets.shape[1])}
-    results = {} if run.value is None else {"value": run.value}
-    results |= {
-        "command": run.command, "config": config,
+    data = run.datasets[0]
+    results = {
+        **({} if run.value is None else {"value": run.value}),
+        "command": run.command, "config": run.config,
         "environment": {"python": platform.python_version(), "torch": str(torch.__version__),
-                        "numpy": np.__version__, "device": config["device"]},
+                        "numpy": np.__version__, "device": run.config["device"]},
         "counts": {"train": len(data.train), "validation": len(data.validation)},
-        "chance": chance, "summary": measure(trainer),
-        "curves": {"epoch": trainer.points, "train_nll": train[0], "validation_nll": validation[0]},
+        "chance": {"vocabulary": math.log(len(data.names)),
+                   "alphabet": math.log(data.alphabets.shape[1])},
         "seconds": seconds}
+    look = THEORY[run.command].collect if run.command in THEORY else collect_task
+    arrays = look(run, trainer, results)
+    return results, {name: array.cpu() for name, array in arrays.items()}
+
+
+def collect_task(run, trainer, results):
+    """Add a task's numbers to the results; its matrices."""
+    config, data, chance, K = run.config, run.datasets[0], results["chance"], trainer.K
+    train, validation = trainer.curves.transpose(2, 3).tolist()  # each (2, S, points)
+    results |= {"summary": measure(trainer), "curves": {
+        "epoch": trainer.points, "train_nll": train[0], "validation_nll": validation[0]}}
     if K > 1:
         results["curves"] |= {"train_word_nll": train[1], "validation_word_nll": validation[1]}
         chance |= {"word_vocabulary": K * chance["vocabulary"],
                    "word_alphabet": (K - data.graded) * chance["alphabet"]}
     if run.command == "chain":
         results["summary"] |= chain_of_thought(trainer)
+    arrays = {"cosine": cosines(trainer)[0].half()} if config["cosine"] else {}
     if TASKS[run.command].maps:
         matrices = logit_matrices(trainer)
         results["weights"], contrast = diagonal_means(matrices)
         if contrast.isfinite().all():
             results["summary"]["contrast"] = spread(contrast)
-        arrays |= {name: matrix[0] for name, matrix in matrices.items()}
-    if config["cosine"]:
-        arrays["cosine"] = cosines(trainer)[0].half()
+        if run.value is None:
+            arrays |= {name: matrix[0] for name, matrix in matrices.items()}
     if trainer.frames:
         epochs, frames = zip(*trainer.frames, strict=True)
         arrays |= {"frame_epochs": torch.tensor(epochs), **{
@@ -1338,7 +1832,7 @@ def collect(run, trainer, seconds):
     if config.get("facts"):
         results["names"] = {group: [[data.names[s[0]], data.names[s[-1]]] for s in sentences]
                             for group, sentences in data.groups.items()}
-    return results, {name: array.cpu() for name, array in arrays.items()}
+    return arrays
 
 
 def verdict(results):
@@ -1374,6 +1868,54 @@ def report(results):
     print(f"\n{verdict(results)}\n")
 
 
+def report_bilinear(results):
+    """The table of the dimensions, and what it says of Theorems 1 and 2."""
+    runs, tied = halves(results["runs"])
+    lines = [f"{'':22}forward NLL  reversal NLL: start   lowest      end  epsilon of Theorem 1"]
+    for run in results["runs"]:
+        forward, reversal = (np.mean(run["curves"][f"{name}_nll"], axis=0)
+                             for name in ("forward", "reversal"))
+        lines.append(f"{run['value']:22}{forward[-1]:11.3f}  {reversal[0]:19.3f} "
+                     f"{run['reversal_nll_min']:8.3f} {reversal[-1]:8.3f}  {run['epsilon']:20.4f}")
+    least, chance = (min(run["reversal_nll_min"] for run in runs), runs[0]["chance"]["vocabulary"])
+    lines += ["", "Theorem 1: L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon at all times, for all "
+              "seeds, with the epsilon above; none smaller would do.",
+              f"Theorem 2: the reversal NLL was never below {least:.3f}, {least / chance:.1%} of "
+              f"log m = {chance:.3f}."]
+    if results["slope"] is not None:
+        large = "" if results["slope_large"] is None else (
+            f", for dimensions from --vocab on as dim^{results['slope_large']:.2f}")
+        lines.append(f"The reversal NLL moves as dim^{results['slope']:.2f}{large}; nearly "
+                     "orthogonal vectors predict dim^-1.")
+    if tied:
+        low, high = (f(run["epsilon"] for run in tied) for f in (min, max))
+        lines.append(f"Symmetric: epsilon is {low:.2f} to {high:.2f}, where 1 is a reversal NLL "
+                     "that falls with the forward NLL: no curse.")
+    return "\n".join(lines)
+
+
+def report_onelayer(results):
+    """What the trainings say of Theorems 3 and 4, and what is ours."""
+    s, (_, _, both, distractors), lines = results["summary"], results["runs"], []
+    for theorem, unseen, key in [(3, "the unseen direction", "unseen_probability_max"),
+                                 (4, "A ~> C", "chain_unseen_probability_max")]:
+        holds = ("not trained to the end: more --epochs" if s["trained_probability_min"] < 0.9 else
+                 "holds" if s[key] <= s["chance"] * (1 + 1e-9) else "DOES NOT HOLD")
+        lines.append(f"Theorem {theorem}: {holds}. Trained sentences end at p >= "
+                     f"{s['trained_probability_min']:.4f}, {unseen} never has p above "
+                     f"{s[key]:.6f}; 1/M = {s['chance']:.6f}.")
+    ends = [both["ends"][f"train_{step}"] for step in ("ab", "ac")]
+    start, end, new = (np.mean(distractors["attention"][group], axis=0)[at]
+                       for group, at in [("train", 0), ("train", -1), ("validation", -1)])
+    lines += [f"Closed form: within {s['closed_form_gap']:.3f} nats of every trained sentence.",
+              'One context token cannot tell "->" from "~>": where A ~> C is trained too, A -> B '
+              f"and A ~> C share row A of Y and end at p from {min(e['lowest'] for e in ends):.3f} "
+              f"to {max(e['highest'] for e in ends):.3f}.",
+              "Ours, not the paper's: beside a distractor, attention to the entity goes from "
+              f"{start:.2f} to {end:.2f}, beside one that it never met to {new:.2f}."]
+    return "\n".join(lines)
+
+
 def carry_out(name, config, runs):
     """Train the Runs of a plan, write NAME.json, NAME.npz and the pictures: the results."""
     stem = Path(config["out"]) / name
@@ -1398,11 +1940,13 @@ def carry_out(name, config, runs):
             if len(watch.done) < len(runs):
                 watch.save(over=True)
         results, arrays = watch.done[0]
-        if "axis" in config:
-            results = {"command": "ablate", "config": config,
-                       "runs": [results for results, _ in watch.done]}
-            arrays = {f"cosine_{i}": arrays["cosine"] for i, (_, arrays) in enumerate(watch.done)
-                      if "cosine" in arrays}
+        command = "ablate" if "axis" in config else runs[0].command
+        if command not in TASKS:
+            results = {"command": command, "config": config, "runs": [r for r, _ in watch.done]}
+            arrays = {f"{name}_{i}": array for i, (_, arrays) in enumerate(watch.done)
+                      for name, array in arrays.items()}
+        if command in THEORY:
+            THEORY[command].conclude(results)
         arrays = {name: array.numpy() for name, array in arrays.items()}
         text = json.dumps(results, indent=1, allow_nan=False)
         files = {**draw(stem, results, arrays),
@@ -1412,7 +1956,9 @@ def carry_out(name, config, runs):
         if watch.owns_checkpoint:  # another run's is left alone
             for file in (checkpoint, *stem.parent.glob(f".{name}[._]*.tmp")):
                 file.unlink(missing_ok=True)  # also what a kill has left half-written
-    if "axis" in config:
+    if command in THEORY:
+        print(f"\n{THEORY[command].report(results)}\n")
+    elif command == "ablate":
         for run in results["runs"]:
             print(f"{config['axis']} {run['value']}: {verdict(run)}")
     else:
@@ -1523,11 +2069,30 @@ def all_command(args):
     print(f"\n{claims_table(claims)}\n\nwrote {out / 'all.json'}")
 
 
+class Theory(NamedTuple):
+    """One of the commands on the theory, by its functions."""
+
+    runs: Callable  # (args) to its Runs
+    record: Callable  # (trainer) to {name: tensor}, at each point of the curves
+    collect: Callable  # (run, trainer, results): adds to the results of a run, gives its matrices
+    conclude: Callable  # (results): adds what follows from all runs
+    report: Callable  # (results) to the verdicts in words
+    draw: Callable  # (results, arrays) to the figure
+
+
+THEORY = {
+    "bilinear": Theory(bilinear_runs, asymmetry, collect_bilinear, conclude_bilinear,
+                       report_bilinear, draw_bilinear),
+    "onelayer": Theory(onelayer_runs, probabilities, collect_onelayer, conclude_onelayer,
+                       report_onelayer, draw_onelayer),
+}
 COMMANDS = {
     "reversal": (run_command, "Figures 1 and 2: train A -> B, ask B <-"),
     "chain": (run_command, "Figures 3 and 4: train A -> B and B -> C, ask A ~>"),
     "icl": (run_command, "in-context reversal: where the curse does not appear"),
     "ablate": (run_command, "Figures 5 to 12: a training for each value of a setting, the AXIS"),
+    "bilinear": (run_command, "Section 3: the bilinear model, Theorems 1 and 2"),
+    "onelayer": (run_command, "Section 4: the one-layer transformer, Theorems 3 and 4"),
     "all": (all_command, "every figure, and a table of what was seen"),
     "plot": (plot_command, "draw again from the saved results"),
 }

@@ -5,6 +5,7 @@
 """Tests of revcurse.py: `python test_revcurse.py`, or pytest. About a minute on two cores."""
 
 import copy
+import functools
 import io
 import json
 import math
@@ -24,7 +25,8 @@ from PIL import Image
 from torch import nn
 
 import revcurse
-from revcurse import GPT, Trainer, chain_data, icl_data, main, nll, rank, reversal_data
+from revcurse import (GPT, Bilinear, OneLayer, Trainer, chain_data, icl_data, main, nll, rank,
+                      reversal_data)
 
 HERE = Path(__file__).parent
 TINY = ["--vocab", "24", "--layers", "1", "--heads", "2", "--dim", "16", "--epochs", "12",
@@ -37,6 +39,9 @@ def generators(*seeds):
 
 def adamw(params):
     return torch.optim.AdamW(params, lr=0.01, weight_decay=0.01, fused=True)
+
+
+FRAMES = {"record": functools.partial(revcurse.logit_matrices, seeds=1), "record_every": 3}
 
 
 def tiny_trainer(*seeds, vocab=24, k=1, epochs=3, dropout=0.0, optimizer=adamw, **options):
@@ -204,6 +209,342 @@ def test_names_of_the_users_pairs(facts):
 def test_data_errors_begin_with_the_parameter(make, name):
     with pytest.raises(ValueError, match=f"^{name}:"):
         make()
+
+
+# ----------------------------------------------------------------------------------------- Theory
+
+
+def bilinear_trainer(dim, seeds=10, vocab=40, lr=0.08, epochs=300, symmetric=False, span=True):
+    """Pairs (2i, 2i + 1) of all tokens: trained from left to right, asked from right to left."""
+    gens = generators(*range(seeds))
+    pairs = torch.arange(vocab).view(-1, 2)
+    data = [revcurse.Dataset({"forward": pairs, "reversal": pairs.flip(1)}, pairs.T, [""] * vocab)
+            for _ in gens]
+    models = [Bilinear(dim, vocab, 0.01, g, symmetric) for g in gens]
+    models = [revcurse.in_span(model) for model in models] if span else models
+    return Trainer(models, data, gens, lambda p: torch.optim.SGD(p, lr=lr * len(pairs)),
+                   epochs=epochs, batch_size=len(pairs))
+
+
+def test_bilinear_logits_are_those_of_the_loops():
+    model = Bilinear(5, 7, 1.0, torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[3, 0, 6], [1, 1, 2]])
+    logits = model(tokens)
+    assert logits.shape == (2, 3, 7) and logits.dtype == torch.float64
+    E, theta = model.embeddings.tolist(), model.Theta.tolist()
+    for (row, column), x in np.ndenumerate(tokens.numpy()):
+        for y in range(7):
+            expected = sum(E[x][a] * theta[a][b] * E[y][b] for a in range(5) for b in range(5))
+            assert math.isclose(logits[row, column, y].item(), expected, abs_tol=1e-12)
+    assert torch.allclose(model(tokens, 2), logits[:, 1:])
+    assert torch.allclose(model(tokens[0, 0]), logits[0, 0])
+
+
+def test_bilinear_is_drawn_as_the_paper_says():
+    model = Bilinear(400, 500, 0.3, torch.Generator().manual_seed(0))
+    assert math.isclose(model.embeddings.var().item(), 1 / 400, rel_tol=0.02)
+    assert math.isclose(model.Theta.var().item(), 0.09, rel_tol=0.02)
+    assert [name for name, _ in model.named_parameters()] == ["Theta"]
+    again = Bilinear(400, 500, 0.3, torch.Generator().manual_seed(0))
+    assert torch.equal(model.embeddings, again.embeddings) and torch.equal(model.Theta, again.Theta)
+    with pytest.raises(ValueError, match="dim 0"):
+        Bilinear(0, 5)
+
+
+def test_gradient_of_one_pair_by_hand():
+    model = Bilinear(6, 9, 0.5, torch.Generator().manual_seed(1))
+    nll(model(torch.tensor([4])), torch.tensor([7])).sum().backward()
+    E, theta = model.embeddings, model.Theta.detach()
+    x, y = E[4], E[7]
+    weights = [math.exp(x @ theta @ v) for v in E]
+    mean = sum(w * v for w, v in zip(weights, E, strict=True)) / sum(weights)
+    torch.testing.assert_close(model.Theta.grad, -torch.outer(x, y - mean), rtol=0, atol=1e-12)
+
+
+def test_symmetric_theta_has_equal_forward_and_reverse_logits():
+    options = {"sigma": 1.0, "generator": torch.Generator().manual_seed(0), "symmetric": True}
+    logits = Bilinear(4, 9, **options)(torch.arange(9))  # (x, y)
+    assert torch.allclose(logits, logits.T, atol=1e-14) and logits.std() > 0.1
+    plain = Bilinear(4, 9, **options | {"symmetric": False})(torch.arange(9))
+    assert (plain - plain.T).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_span_of_the_tokens_has_all_that_counts(symmetric):
+    full, short = (bilinear_trainer(50, 2, vocab=12, epochs=60, symmetric=symmetric, span=span)
+                   for span in (False, True))
+    assert [trainer.params["Theta"].shape[1] for trainer in (full, short)] == [50, 12]
+    for trainer in (full, short):
+        trainer.run()
+    torch.testing.assert_close(full.curves, short.curves, rtol=0, atol=1e-10)
+    torch.testing.assert_close(*(revcurse.logit_matrices(trainer)["reversal"]
+                                 for trainer in (full, short)), rtol=0, atol=1e-10)
+    assert full.curves[0, 0, -1].max() < 1.5 < full.curves[0, 0, 0].min()  # something was learned
+    small = Bilinear(5, 12)
+    assert revcurse.in_span(small) is small and small.Theta.shape == (5, 5)
+
+
+def test_half_the_step_gives_the_same_curves():
+    for dim in (16, 256):
+        whole, half = (bilinear_trainer(dim, lr=0.08 / k, epochs=300 * k) for k in (1, 2))
+        whole.run()
+        half.run()
+        assert [2 * point for point in whole.points] == half.points
+        assert whole.curves[0, 0, -1].mean() < 0.5
+        assert (whole.curves - half.curves).abs().max() < 0.01
+
+
+def test_theorem_1_and_the_cure_over_ten_seeds():
+    shifts, epsilons = [], []
+    for dim in (64, 256, 1024):
+        trainer = bilinear_trainer(dim, epochs=600)
+        trainer.run()
+        forward, reversal = trainer.curves[:, 0]  # (points, S)
+        assert forward[-1].max() < 0.2 and (forward.diff(dim=0) < 0).all()
+        assert reversal.min() > 0.9 * math.log(40)
+        shifts.append((reversal[-1] - reversal[0]).abs().mean().item())
+        epsilons.append(max(math.log(reversal[i, s] / reversal[0, s])
+                            / math.log(forward[i, s] / forward[0, s])
+                            for i in range(1, 101) for s in range(10)))
+    assert shifts == sorted(shifts, reverse=True) and shifts[0] > 4 * shifts[2]
+    assert epsilons == sorted(epsilons, reverse=True) and epsilons[-1] < 0.02
+    cured = bilinear_trainer(256, epochs=1200, symmetric=True)
+    cured.run()
+    assert cured.curves[:, 0, -1].max() < 0.2
+
+
+def one_layer_by_loops(Y, Z, tokens):
+    """(b, f, alpha) of the paper's formulas, entry by entry, of one sentence."""
+    *context, query = tokens
+    scores = [math.exp(Z[query, token]) for token in context]
+    b = [score / sum(scores) for score in scores]
+    Xb = np.zeros(len(Y))
+    for share, token in zip(b, context, strict=True):
+        Xb[token] += share
+    f = Xb / math.sqrt(sum(x * x for x in Xb))
+    logits = [sum(f[i] * Y[i, j] for i in range(len(Y))) for j in range(len(Y))]
+    alpha = np.exp(logits) / sum(math.exp(x) for x in logits)
+    return np.array(b), f, alpha
+
+
+@pytest.mark.parametrize("context", [[3], [3, 5], [5, 5], [1, 2, 4], [2, 0, 2]], ids=str)
+def test_one_layer_and_its_gradients_are_the_papers(context):
+    V, query, target = 7, 6, 1
+    model, random = OneLayer(V), torch.Generator().manual_seed(sum(context))
+    assert not model.Y.any() and not model.Z.any()
+    for weight in model.parameters():
+        nn.init.normal_(weight, generator=random)
+    tokens = torch.tensor([*context, query])
+    logits = model(tokens)
+    Y, Z = model.Y.detach().numpy(), model.Z.detach().numpy()
+    b, f, alpha = one_layer_by_loops(Y, Z, tokens.tolist())
+    assert logits.shape == (V,)
+    np.testing.assert_allclose(logits.softmax(-1).detach(), alpha, atol=1e-12)
+    np.testing.assert_allclose(model.attention(model.Z, tokens).detach(), b, atol=1e-12)
+
+    (-nll(logits[None], torch.tensor([target])).sum()).backward()  # steps go up -NLL
+    e, q, X = np.eye(V)[target], np.eye(V)[query], np.eye(V)[context]
+    Xb = X.T @ b
+    P = np.eye(V) - np.outer(Xb, Xb) / (Xb @ Xb)
+    dY = np.outer(f, e - alpha)
+    dZ = np.outer(q, (e - alpha) @ Y.T @ (P / np.sqrt(Xb @ Xb)) @ X.T @ np.diag(b) @ X)
+    np.testing.assert_allclose(model.Y.grad, dY, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(model.Z.grad, dZ, rtol=0, atol=1e-10)
+    if len(context) == 1:
+        assert (model.Z.grad == 0).all()
+
+
+def test_one_layer_takes_batches_of_any_shape():
+    model = OneLayer(6)
+    nn.init.normal_(model.Y, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[[1, 2, 0], [3, 3, 1]], [[4, 5, 0], [2, 1, 0]]])
+    logits = model(tokens)
+    assert logits.shape == (2, 2, 6)
+    for at in np.ndindex(2, 2):
+        assert torch.allclose(logits[at], model(tokens[at]))
+    assert torch.allclose(logits[0, 0], logits[1, 1])  # the order of the context means nothing
+
+
+def test_closed_form_solves_the_equation_of_motion():
+    M, N = 30, 4
+    for t in (0.5, 10.0, 300.0):
+        u, steps = 0.0, 200_000
+        for _ in range(steps):  # a target's gradient is 1 - p, any other token's p of its own
+            p = 1 / (1 + (M - 1) * math.exp(-u))
+            u += t / steps * ((1 - p) + (1 - p) / (M - 1)) / N
+        expected = math.log(1 + (M - 1) * math.exp(-u))
+        assert math.isclose(revcurse.closed_form([0, t], M, N)[1], expected, rel_tol=1e-3)
+    assert math.isclose(revcurse.closed_form([0, 1], M, N)[0], math.log(M))
+
+
+@pytest.mark.parametrize("M, N", [(20, 3), (60, 14), (202, 85)])
+@pytest.mark.parametrize("batch", ["one", "full"])
+def test_closed_form_against_training(M, N, batch):
+    pairs = torch.arange(2 * N).view(2, N).T if 2 * N <= M else torch.stack(
+        [torch.arange(N), (torch.arange(N) + 1) % M], dim=1)
+    sentences = torch.stack([pairs[:, 0], torch.full((N,), M - 1), pairs[:, 1]], dim=1)
+    unseen = torch.tensor([[M - 2, M - 1, 0]])  # a context that no sentence has
+    data = revcurse.Dataset({"train": sentences, "unseen": unseen}, pairs.T, [""] * M)
+    size, epochs = (1, 30) if batch == "one" else (N, 600)
+    lr = 0.1 if batch == "one" else 0.05
+    trainer = Trainer([OneLayer(M)], [data], generators(0), lambda params: torch.optim.SGD(
+        params, lr=lr * size), epochs=epochs, batch_size=size)
+    trainer.run()
+    times = [epoch * lr * N for epoch in trainer.points]
+    expected = revcurse.closed_form(times, M, N)
+    assert expected[0] - expected[-1] > (0.3 if batch == "one" else 2.9)
+    assert np.abs(trainer.curves[0, 0, :, 0].numpy() - expected).max() < 0.01
+    assert (trainer.curves[1, 0] - math.log(M)).abs().max() < 1e-12
+    touched = trainer.params["Y"][0].detach().abs().sum(1) > 0
+    assert set(touched.nonzero().flatten().tolist()) == set(pairs[:, 0].tolist())
+    assert (trainer.params["Z"] == 0).all()
+
+
+def test_orthonormal_bilinear_is_the_closed_form():
+    trainer = bilinear_trainer(40, seeds=2, epochs=400)
+    trainer.buffers["embeddings"].copy_(torch.eye(40))
+    with torch.no_grad():
+        trainer.params["Theta"].zero_()
+    trainer.run()
+    expected = revcurse.closed_form([epoch * 0.08 * 20 for epoch in trainer.points], 40, 20)
+    assert np.abs(trainer.curves[0, 0, :, 0].numpy() - expected).max() < 0.01
+    assert (trainer.curves[1, 0] - math.log(40)).abs().max() < 1e-12
+
+
+def test_distractors_vary_and_are_new_in_validation():
+    data = revcurse.distractor_data(40, 4, 2, torch.Generator().manual_seed(0))
+    assert data.train.shape == (24, 4) and data.validation.shape == (12, 4)
+    answers, met = {}, {}
+    for a, d, arrow, b in torch.cat([data.train, data.validation]).tolist():
+        assert arrow == 0 and answers.setdefault(a, b) == b
+        met.setdefault(a, []).append(d)
+        assert [data.names[token][0] for token in (a, d, b)] == ["A", "D", "B"]
+    assert len(met) == 6 and all(len(set(d)) == len(d) == 6 for d in met.values())
+    assert len(set(answers.values()) | set(answers) | set(met[a])) == 18
+    assert len({(a, d) for a, d, *_ in data.train[::4].tolist()}) == 6
+    with pytest.raises(ValueError, match="vocab 17"):
+        revcurse.distractor_data(17, 4, 2)
+
+
+BILINEAR = ["bilinear", "--vocab", "24", "--dims", "8", "64", "--seeds", "3", "--epochs", "120",
+            "--symmetric"]
+ONELAYER = ["onelayer", "--vocab", "24", "--complete", "2", "--held-out", "2", "--seeds", "2",
+            "--epochs", "60"]
+
+
+def test_bilinear_command(tmp_path, capsys):
+    assert run_in(tmp_path, *BILINEAR) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "bilinear.json").read_text())
+    assert [(run["dim"], run["symmetric"]) for run in results["runs"]] == [
+        (8, False), (64, False), (8, True), (64, True)]
+    for run in results["runs"]:
+        curves = run["curves"]
+        assert len(curves["forward_nll"]) == len(curves["reversal_nll"]) == 3
+        assert run["counts"] == {"train": 6, "validation": 6}
+        assert math.isclose(curves["time"][-1], 120 * 0.08 * 6)
+        assert math.isclose(curves["reversal_nll"][0][0], math.log(26))
+        shift = sum(abs(seed[-1] - seed[0]) for seed in curves["reversal_nll"]) / 3
+        assert math.isclose(run["reversal_shift"], shift)
+        for forward, reversal in zip(curves["forward_nll"], curves["reversal_nll"], strict=True):
+            for now, then in zip(forward[1:], reversal[1:], strict=True):
+                assert then / reversal[0] >= (now / forward[0]) ** (run["epsilon"] + 1e-9)
+    small, large, *cured = results["runs"]
+    slope = math.log(large["reversal_shift"] / small["reversal_shift"]) / math.log(64 / 8)
+    assert math.isclose(results["slope"], slope) and results["slope_large"] is None
+    assert all(run["epsilon"] > 0.9 for run in cured) and large["epsilon"] < 0.3
+    assert cured[0]["curves"]["asymmetry"][0] == [None, *[0.0] * (len(curves["time"]) - 1)]
+    for text in ("Theorem 1", "Theorem 2", "dim^", "Symmetric", "dim 64, symmetric"):
+        assert text in said
+    picture = Image.open(tmp_path / "bilinear.png")
+    (tmp_path / "bilinear.png").unlink()
+    assert main(["plot", str(tmp_path / "bilinear.json")]) == 0
+    assert Image.open(tmp_path / "bilinear.png").size == picture.size
+
+
+def test_onelayer_command(tmp_path, capsys):
+    assert run_in(tmp_path, *ONELAYER, "--epochs", "20") == 0
+    said = capsys.readouterr().out
+    assert said.count("not trained to the end") == 2 and "Ours, not the paper's" in said
+    assert run_in(tmp_path, *ONELAYER, "--epochs", "300", "--full-batch") == 0
+    said = capsys.readouterr().out
+    assert "Theorem 3: holds" in said and "Theorem 4: holds" in said
+    results = json.loads((tmp_path / "onelayer.json").read_text())
+    summary = results["summary"]
+    assert math.isclose(summary["chance"], 1 / 26)
+    assert summary["trained_probability_min"] > 0.98 and summary["closed_form_gap"] < 0.03
+    assert math.isclose(summary["unseen_probability_max"], 1 / 26)
+    assert math.isclose(summary["chain_unseen_probability_max"], 1 / 26)  # at the start
+    chain, both, distractors = results["runs"][1:]
+    for b, c in zip(*(chain["curves"][f"validation_{step}"] for step in ("ab", "ac")), strict=True):
+        assert math.isclose(c[-1], (1 - b[-1]) / 25)  # what B leaves is shared by all other tokens
+    for step in ("ab", "ac"):  # two answers of one row
+        assert abs(both["ends"][f"train_{step}"]["lowest"] - 0.5) < 0.02
+    assert both["ends"]["train_bc"]["lowest"] > 0.98
+    for seed in distractors["attention"]["validation"]:
+        assert seed[0] == 0.5 and seed[-1] > 0.75
+    reversal, Y = results["runs"][0], np.load(tmp_path / "onelayer.npz")["Y_0"]
+    assert all(Y[token].any() == touched for _, token, touched in reversal["tokens"])
+    assert sum(touched for *_, touched in reversal["tokens"]) == np.any(Y, axis=1).sum() == 6
+    assert Image.open(tmp_path / "onelayer.png").width > 1000
+
+
+def test_batch_of_one_and_full_batch_take_the_same_steps_for_separate_rows(tmp_path):
+    curves = []
+    for flags in ([], ["--full-batch"]):
+        assert run_in(tmp_path, *ONELAYER, "--epochs", "20", *flags) == 0
+        results = json.loads((tmp_path / "onelayer.json").read_text())
+        curves.append([results["runs"][i]["curves"] for i in (0, 1)])
+    for one, full in zip(*curves, strict=True):
+        assert one.keys() == full.keys()
+        assert all(np.allclose(one[name], full[name], rtol=1e-9) for name in one)
+
+
+@pytest.mark.parametrize("flags, text", [
+    ("bilinear --dims 0", "--dims"), ("bilinear --dims 8 x", "'x'"), ("bilinear --dims", "--dims"),
+    ("bilinear --lr 3", "--lr 3.0"), ("onelayer --lr 1.5", "unstable"),
+    ("bilinear --vocab 3", "--vocab"),
+    ("bilinear --layers 2", "--layers"), ("bilinear --complete 2", "--complete"),
+    ("bilinear --preset paper", "--preset"), ("bilinear --sigma -1", "--sigma"),
+    ("onelayer --vocab 20", "--complete 3"), ("onelayer --dims 3", "--dims"),
+    ("onelayer --symmetric", "--symmetric"),
+    ("onelayer --vocab 7 --complete 1 --held-out 1", "--complete"),
+    ("reversal --dims 3", "--dims"), ("reversal --full-batch", "--full-batch")])
+def test_bad_input_of_the_theory(flags, text, tmp_path, capsys):
+    assert run_in(tmp_path, *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_unstable_step_is_named_and_leaves_earlier_results(tmp_path, capsys):
+    flags = ["bilinear", "--vocab", "24", "--seeds", "2", "--epochs", "30", "--dims"]
+    assert run_in(tmp_path, *flags, "32") == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run_in(tmp_path, *flags, "1", "--lr", "1") == 1
+    error = capsys.readouterr().err
+    assert "--lr 1.0 is unstable" in error and "--lr 0.25" in error and error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_resumed_theory_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run_in(whole, *BILINEAR) == 0
+    steps, step = [], Trainer.step
+
+    def stop(trainer):
+        steps.append(trainer)
+        if len(steps) == 290:  # in the third of four trainings
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", stop)
+    assert run_in(resumed, *BILINEAR) == 130 and (resumed / "bilinear.pt").exists()
+    monkeypatch.setattr(Trainer, "step", step)
+    assert run_in(resumed, *BILINEAR, "--resume") == 0 and not (resumed / "bilinear.pt").exists()
+    one, other = (json.loads((folder / "bilinear.json").read_text()) for folder in (whole, resumed))
+    for run, again in zip(one["runs"], other["runs"], strict=True):
+        assert run["curves"] == again["curves"]
+    assert one["slope"] == other["slope"]
 
 
 # ------------------------------------------------------------------------------------------ Model
@@ -515,7 +856,7 @@ def test_cosines_by_hand():
 
 
 def test_frames_are_the_heat_maps_of_their_epochs():
-    still, moving = tiny_trainer(0, 1, epochs=60)[0], tiny_trainer(0, 1, epochs=60, animate=True)[0]
+    still, moving = tiny_trainer(0, 1, epochs=60)[0], tiny_trainer(0, 1, epochs=60, **FRAMES)[0]
     seen = {}
 
     def watch():
@@ -532,7 +873,7 @@ def test_frames_are_the_heat_maps_of_their_epochs():
         for group, matrix in frame.items():
             torch.testing.assert_close(matrix, seen[epoch][group][:1])
 
-    half, rest = (tiny_trainer(0, 1, epochs=60, animate=True)[0] for _ in range(2))
+    half, rest = (tiny_trainer(0, 1, epochs=60, **FRAMES)[0] for _ in range(2))
     with pytest.raises(StopIteration):
         half.run(lambda: next(iter([])) if half.steps == 40 else None)
     rest.load_state_dict(half.state_dict())
@@ -633,7 +974,7 @@ def test_frozen_embeddings_stay_and_tied_ones_are_trained_together():
         config |= {"tie_embeddings": tied, "freeze_embeddings": not tied}
         g = generators(0)
         data = [reversal_data(24, generator=g[0])]
-        trainer = Trainer([revcurse.make_model(config, data[0], g[0])], data, g, adamw, epochs=2)
+        trainer = Trainer([revcurse.make_gpt(config, data[0], g[0])], data, g, adamw, epochs=2)
         before = {name: weight.detach().clone() for name, weight in trainer.params.items()}
         trainer.run()
         moved = {name for name, weight in trainer.params.items()
@@ -993,7 +1334,7 @@ def test_flags_reach_model_and_optimiser(tmp_path, capsys):
     flags = ["--lr", "0.2", "--betas", "0.5", "0.6", "--weight-decay", "0.3", "--dropout", "0.4",
              "--position", "none"]
     args = revcurse.parse(["reversal", *TINY, *flags, "--out", str(tmp_path)])
-    trainer = revcurse.make_trainer(revcurse.prepare(args))
+    trainer = revcurse.make_trainer(revcurse.prepare_task(args))
     group = trainer.optimizer.param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.2, (0.5, 0.6), 0.3)
     assert (trainer.batch_size, trainer.epochs, len(trainer.generators)) == (4, 12, 2)
@@ -1355,7 +1696,7 @@ def test_cuda_command_and_resume(tmp_path, capsys):
         assert run_in(tmp_path, task, *TINY, "--dropout", "0.1", "--animate", "--cosine") == 0
     assert run_in(tmp_path, "icl", *TINY, "--vocab", "40") == 0
     assert f"device: cuda ({torch.cuda.get_device_name()})" in capsys.readouterr().out
-    whole, half, rest = (tiny_trainer(0, 1, epochs=4, dropout=0.1, device="cuda", animate=True)[0]
+    whole, half, rest = (tiny_trainer(0, 1, epochs=4, dropout=0.1, device="cuda", **FRAMES)[0]
                          for _ in range(3))
     whole.run()
     half.evaluate()
