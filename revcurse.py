@@ -12,12 +12,14 @@ cross-entropy raises the weight from A to B and does not raise the weight from B
     python revcurse.py chain                        Figures 3 and 4, and chain of thought
     python revcurse.py icl                          in-context reversal: no curse
     python revcurse.py ablate layers --task chain   Figures 5 to 12: what does not help
-    python revcurse.py all                          every figure, and what was seen in it
+    python revcurse.py all                          all these figures, and what was seen in them
+    python revcurse.py bilinear --symmetric         Section 3: Theorems 1 and 2, and a cure
+    python revcurse.py onelayer                     Section 4: Theorems 3 and 4
     python revcurse.py plot figures/reversal.json   draw again from the saved results
 
---preset paper has the paper's sizes, for a GPU. Read the file from top to bottom: data and model
-(the paper's Section 5), training, measuring and plotting (its figures), running (what can go
-wrong), commands.
+--preset paper has the paper's sizes, for a GPU. Read the file from top to bottom: data, theory
+(the paper's Sections 3 and 4), model (Section 5), training, measuring and plotting (its figures),
+running (what can go wrong), commands.
 
 Shapes stand at each reshape: S seeds, B sentences, T tokens that the model reads, P tokens that it
 predicts, D dim, H heads, V ids of the vocabulary, K tokens of an entity. NLL is in nats.
@@ -1465,7 +1467,7 @@ FLAGS = {
     "theory": [
         ("dims", number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10**4),
          [16, 32, 64, 128, 256, 512, 1024], None, "embedding dimensions, a training for each"),
-        ("sigma", DECAY, 0.0, None, "Theta starts from N(0, sigma^2)"),
+        ("sigma", DECAY, 0.0, None, "Theta starts from N(0, sigma^2) [0]"),
         ("symmetric", bool, False, None, "train also with Theta tied to its transpose"),
         ("full-batch", bool, False, None, "all sentences a step, not one at a time")],
     "training": [
@@ -2046,7 +2048,7 @@ def claims_table(claims):
 
 
 def all_command(args):
-    """Draw every figure of the paper, and print a table of what must be seen and what was measured.
+    """Draw every figure of Section 5, and print a table of what must be seen and what was measured.
     Flags go to each command. With --resume, results that are there with the same flags are kept."""
     plans = [plan(parse([*line.split(), *args.rest])) for line in EVERYTHING]
     began, found, out = time.monotonic(), {}, Path(plans[0][1]["out"])
@@ -2093,7 +2095,7 @@ COMMANDS = {
     "ablate": (run_command, "Figures 5 to 12: a training for each value of a setting, the AXIS"),
     "bilinear": (run_command, "Section 3: the bilinear model, Theorems 1 and 2"),
     "onelayer": (run_command, "Section 4: the one-layer transformer, Theorems 3 and 4"),
-    "all": (all_command, "every figure, and a table of what was seen"),
+    "all": (all_command, "every figure of the experiments, and a table of what was seen"),
     "plot": (plot_command, "draw again from the saved results"),
 }
 
