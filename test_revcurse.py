@@ -261,6 +261,55 @@ def test_gradient_of_one_pair_by_hand():
     torch.testing.assert_close(model.Theta.grad, -torch.outer(x, y - mean), rtol=0, atol=1e-12)
 
 
+def test_symmetric_is_the_mean_of_theta_and_its_transpose():
+    model = Bilinear(4, 9, 1.0, torch.Generator().manual_seed(0), symmetric=True)
+    E, theta = model.embeddings, model.Theta
+    torch.testing.assert_close(model(torch.arange(9)), E @ ((theta + theta.mT) / 2) @ E.mT)
+
+
+def test_asymmetry_by_hand():
+    trainer = bilinear_trainer(3, 2, vocab=8)
+    trainer.params["Theta"].data[:] = torch.tensor([[0.0, 3, 0], [-1, 0, 0], [0, 0, 2]])
+    expected = math.sqrt((4**2 + 4**2) / (3**2 + 1 + 2**2))
+    assert revcurse.asymmetry(trainer)["asymmetry"].tolist() == pytest.approx([expected] * 2)
+    trainer.params["Theta"].data.zero_()
+    assert revcurse.asymmetry(trainer)["asymmetry"].tolist() == [0, 0]
+
+
+def test_slopes_by_hand():
+    runs = [{"dim": d, "symmetric": False, "reversal_shift": shift, "reversal_nll_min": 2.0,
+             "epsilon": 0.1, "epsilon_end": 0.1, "value": f"dim {d}", "chance": {"vocabulary": 3.0},
+             "curves": {"forward_nll": [[3.0, 0.1]], "reversal_nll": [[3.0, 2.5]]}}
+            for d, shift in [(10, 8), (20, 1), (40, 0.5)]]
+    runs += [{**runs[0], "symmetric": True, "reversal_nll_min": 0.1,
+              "curves": {"forward_nll": [[3.0, 0.1]], "reversal_nll": [[3.0, 0.3]]}}]
+    results = {"config": {"vocab": 20}, "runs": runs}
+    revcurse.conclude_bilinear(results)
+    assert (results["slope"], results["slope_large"]) == pytest.approx((-2, -1))
+    for text in ("dim^-2.0;", "dim^-1.0 for", "never below 2.000, 66.7%", "ends at 10.0% of"):
+        assert text in results["verdict"]
+
+
+def test_results_of_a_dimension_by_hand(tmp_path):
+    run = next(revcurse.bilinear_runs(revcurse.parse([*BILINEAR, "--sigma", "0.5"])))
+    model = run.make_model(run.datasets[0], run.generators[0])
+    assert abs(model.Theta.std() / 0.5 - 1) < 0.3
+    trainer = revcurse.make_trainer(run, [0, 1, 2])
+    trainer.run()
+    trainer.curves[1, 0, 2, 1] = 0.5  # once, the reversal NLL of the second seed
+    part = revcurse.collect((0, [0, 1, 2]), run, trainer, 1.0)
+    results, arrays = revcurse.assemble(run, [part])
+    source, target = trainer.groups["forward"][0].T
+    logits = trainer.logits(trainer.groups["forward"][..., :1], 1)[0, :, 0]
+    torch.testing.assert_close(arrays["forward"], logits[:, target].detach())
+    assert results["reversal_nll_min"] == 0.5
+    f, r = (trainer.curves[i, 0].tolist() for i in (0, 1))  # (points, S)
+    expected = max(math.log(r[i][s] / r[0][s]) / math.log(f[i][s] / f[0][s])
+                   for i in range(1, len(f)) for s in range(3))
+    assert math.isclose(results["epsilon"], expected) and expected > 0.5
+    assert results["epsilon_end"] < 0.5
+
+
 def test_symmetric_theta_has_equal_forward_and_reverse_logits():
     options = {"sigma": 1.0, "generator": torch.Generator().manual_seed(0), "symmetric": True}
     logits = Bilinear(4, 9, **options)(torch.arange(9))  # (x, y)
@@ -421,7 +470,8 @@ def test_distractors_vary_and_are_new_in_validation():
         assert [data.names[token][0] for token in (a, d, b)] == ["A", "D", "B"]
     assert len(met) == 6 and all(len(set(d)) == len(d) == 6 for d in met.values())
     assert len(set(answers.values()) | set(answers) | set(met[a])) == 18
-    assert len({(a, d) for a, d, *_ in data.train[::4].tolist()}) == 6
+    trained = data.train[:, 1].view(6, 4)  # a line for each A
+    assert len({frozenset(line) for line in trained.tolist()}) > 1
     with pytest.raises(ValueError, match="vocab 17"):
         revcurse.distractor_data(17, 4, 2)
 
@@ -453,9 +503,14 @@ def test_bilinear_command(tmp_path, capsys):
     slope = math.log(large["reversal_shift"] / small["reversal_shift"]) / math.log(64 / 8)
     assert math.isclose(results["slope"], slope) and results["slope_large"] is None
     assert all(run["epsilon"] > 0.9 for run in cured) and large["epsilon"] < 0.3
-    assert cured[0]["curves"]["asymmetry"][0] == [None, *[0.0] * (len(curves["time"]) - 1)]
+    assert cured[0]["curves"]["asymmetry"][0] == [0.0] * len(curves["time"])
+    assert f"never below {min(small['reversal_nll_min'], large['reversal_nll_min']):.3f}" in said
     for text in ("Theorem 1", "Theorem 2", "dim^", "Symmetric", "dim 64, symmetric"):
         assert text in said
+    axes = revcurse.draw_bilinear(results, np.load(tmp_path / "bilinear.npz")).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    forward = np.mean(large["curves"]["forward_nll"], axis=0)[1:]
+    assert np.abs(drawn["closed form"] - forward).max() < 0.3
     picture = Image.open(tmp_path / "bilinear.png")
     (tmp_path / "bilinear.png").unlink()
     assert main(["plot", str(tmp_path / "bilinear.json")]) == 0
@@ -468,7 +523,7 @@ def test_onelayer_command(tmp_path, capsys):
     assert said.count("not trained to the end") == 2 and "Ours, not the paper's" in said
     assert run_in(tmp_path, *ONELAYER, "--epochs", "300", "--full-batch") == 0
     said = capsys.readouterr().out
-    assert "Theorem 3: holds" in said and "Theorem 4: holds" in said
+    assert "Theorem 3: as it says" in said and "Theorem 4: as it says" in said
     results = json.loads((tmp_path / "onelayer.json").read_text())
     summary = results["summary"]
     assert math.isclose(summary["chance"], 1 / 26)
@@ -483,10 +538,63 @@ def test_onelayer_command(tmp_path, capsys):
     assert both["ends"]["train_bc"]["lowest"] > 0.98
     for seed in distractors["attention"]["validation"]:
         assert seed[0] == 0.5 and seed[-1] > 0.75
-    reversal, Y = results["runs"][0], np.load(tmp_path / "onelayer.npz")["Y_0"]
-    assert all(Y[token].any() == touched for _, token, touched in reversal["tokens"])
-    assert sum(touched for *_, touched in reversal["tokens"]) == np.any(Y, axis=1).sum() == 6
+    arrays = np.load(tmp_path / "onelayer.npz")
+    names = {token: name for name, token in results["runs"][0]["tokens"]}
+    touched = [names[token] for token in np.any(arrays["Y_0"], axis=1).nonzero()[0]]
+    assert len(names) == 8 and len(set(touched)) == 6 and {"A0", "A1", "B0", "B1"} < set(touched)
+    left, _, right, *_ = revcurse.draw_onelayer(results, arrays).axes
+    for axes in (left, right):
+        trained, unseen, closed, *_ = (line.get_ydata() for line in axes.get_lines())
+        assert trained[-1] > 0.98 and unseen.max() < 0.04
+        assert np.abs(closed - trained).max() < 0.03
     assert Image.open(tmp_path / "onelayer.png").width > 1000
+
+
+def test_verdict_of_onelayer_by_hand():
+    def run(gap, attention=None, **ends):
+        names = ("lowest", "highest", "highest_ever")
+        return {"ends": {group: dict(zip(names, end, strict=True)) for group, end in ends.items()},
+                "attention": attention, "chance": {"vocabulary": math.log(10)},
+                "closed_form_gap": gap}
+
+    results = {"runs": [
+        run(0.1, a=(0.95, 1, 1), b=(0.91, 1, 1), u=(0, 0.05, 0.1)),
+        run(0.3, ab=(0.97, 1, 1), bc=(0.98, 1, 1), ac=(0, 0.05, 0.2)),
+        run(9, train_ab=(0.4, 0.5, 0.5), train_bc=(0.9, 1, 1), train_ac=(0.45, 0.6, 0.7)),
+        run(9, {"train": [[0.5, 0.8]], "validation": [[0.5, 0.7]]})]}
+    revcurse.conclude_onelayer(results)
+    for text in ("Theorem 3: as it says. Trained sentences end at p >= 0.9100", "met to 0.70",
+                 "Theorem 4: NOT AS IT SAYS", "above 0.200000", "0.050000 or below",
+                 "within 0.300", "from 0.400 to 0.600", "from 0.50 to 0.80"):
+        assert text in results["verdict"]
+
+
+def test_results_of_onelayer_take_the_worst_sentence():
+    runs = list(revcurse.onelayer_runs(revcurse.parse([*ONELAYER, "--epochs", "3"])))
+    trainer = revcurse.make_trainer(runs[1], [0, 1])
+    trainer.run()
+    trainer.frames[-1][1]["probability"][1, 3] = 1e-3
+    results, _ = revcurse.assemble(runs[1], [revcurse.collect((1, [0, 1]), runs[1], trainer, 1.0)])
+    end = revcurse.closed_form(results["curves"]["time"], 26, 8)[-1]
+    assert results["closed_form_gap"] == pytest.approx(math.log(1000) - end)
+    assert results["ends"]["validation_ab"]["lowest"] == 1e-3
+    both = revcurse.make_trainer(runs[2], [0])
+    both.run()
+    part = revcurse.collect((2, [0]), runs[2], both, 1.0)
+    assert "closed_form_gap" not in revcurse.assemble(runs[2], [part])[0]  # row A has two answers
+
+
+def test_a_rise_of_the_training_loss_stops_the_run(tmp_path):
+    _, config, runs = revcurse.plan(revcurse.parse([*BILINEAR, "--quiet", "--out", str(tmp_path)]))
+    watch = revcurse.Watch(tmp_path / "x.pt", config, revcurse.share(runs))
+    watch.start(runs[0], [0, 1, 2])
+    watch.trainer.evaluate()
+    watch.trainer.evaluate()
+    watch.trainer.curves[0, 0, 1] += 0.009
+    watch.look()
+    watch.trainer.curves[0, 0, 1] += 0.011
+    with pytest.raises(revcurse.Problem, match="rises by 0.02 nats"):
+        watch.look()
 
 
 def test_batch_of_one_and_full_batch_take_the_same_steps_for_separate_rows(tmp_path):
@@ -738,7 +846,8 @@ def test_measure_and_matrices_on_a_model_set_by_hand():
     assert torch.equal(matrices["train_forward"][0], 7 * torch.eye(4))
     assert torch.equal(matrices["train_backward"][0], torch.zeros(4, 4))
     means, _ = revcurse.diagonal_means(matrices)
-    assert means["train_forward"] == {"diagonal": 7.0, "off_diagonal": 0.0}
+    assert {name: mean.tolist() for name, mean in means["train_forward"].items()} == {
+        "diagonal": [7.0], "off_diagonal": [0.0]}
 
     target = data.validation[0, 2]  # after both arrows the table now says this token, surely
     trainer.params["table"].data[0, :2, target] = 200.0
@@ -753,19 +862,19 @@ def test_measure_and_matrices_on_a_model_set_by_hand():
     trainer.curves[1, 0, 1] += 1.0  # first 55, now 56
     measured = revcurse.measure(trainer)
     hits = data.train[:, 2] == target
-    assert measured["train_accuracy"]["mean"] == pytest.approx(hits.double().mean().item())
-    assert measured["validation_accuracy"]["per_seed"] == [1 / len(data.validation)]
+    assert measured["train_accuracy"].item() == pytest.approx(hits.double().mean().item())
+    assert measured["validation_accuracy"].tolist() == [1 / len(data.validation)]
     ceiling = -math.log(1e-50)  # every other answer has NLL 200, clipped
     expected = ceiling * (~hits).double().mean().item()
-    assert measured["train_nll"]["mean"] == pytest.approx(expected)
-    assert measured["margin"]["mean"] == pytest.approx(
+    assert measured["train_nll"].item() == pytest.approx(expected)
+    assert measured["margin"].item() == pytest.approx(
         trainer.curves[1, 0, 0, 0].item() - math.log(6))
-    assert measured["cosine"]["mean"] == pytest.approx(0.5)
-    assert measured["cosine_read"]["mean"] == pytest.approx(1.0)
+    assert measured["cosine"].item() == pytest.approx(0.5)
+    assert measured["cosine_read"].item() == pytest.approx(1.0)
     other = (data.alphabets == target).any(1).nonzero().item()
     in_alphabet = torch.isin(data.train[:, 2], data.alphabets[other])
     expected = torch.where(in_alphabet & ~hits, 2.0, 1.0).mean()  # one token of its own is better
-    assert measured["train_rank"]["mean"] == pytest.approx(expected.item())
+    assert measured["train_rank"].item() == pytest.approx(expected.item())
 
 
 def test_contrast_by_hand():
@@ -776,7 +885,8 @@ def test_contrast_by_hand():
     unseen[1] -= torch.eye(3)
     means, contrast = revcurse.diagonal_means({
         "train_forward": seen, "validation_seen": seen, "validation_unseen": unseen})
-    assert means["validation_unseen"] == {"diagonal": 5.5, "off_diagonal": 5.0}
+    assert {name: mean.tolist() for name, mean in means["validation_unseen"].items()} == {
+        "diagonal": [7.0, 4.0], "off_diagonal": [5.0, 5.0]}
     assert contrast.tolist() == [0.25, -0.25]
     _, contrast = revcurse.diagonal_means({  # the mean of what two trained groups have
         "validation_ab": seen, "validation_bc": 3 * seen, "validation_ac": unseen})
@@ -792,9 +902,9 @@ def test_word_nll_is_the_sum_over_the_tokens():
     right = [s[3] == log_p[s[2]].argmax() and s[4] == log_p[s[3]].argmax() for s in data.train]
     trainer.evaluate()
     measured = revcurse.measure(trainer)
-    assert measured["validation_word_nll"]["mean"] == pytest.approx(np.mean(words), rel=1e-5)
-    assert measured["validation_nll"]["mean"] == pytest.approx(np.mean(firsts), rel=1e-5)
-    assert measured["train_accuracy"]["mean"] == pytest.approx(np.mean(right))
+    assert measured["validation_word_nll"].item() == pytest.approx(np.mean(words), rel=1e-5)
+    assert measured["validation_nll"].item() == pytest.approx(np.mean(firsts), rel=1e-5)
+    assert measured["train_accuracy"].item() == pytest.approx(np.mean(right))
     curves = trainer.curves[1, :, 0, 0].tolist()
     assert curves == pytest.approx([np.mean(firsts), np.mean(words)], rel=1e-5)
 
@@ -825,8 +935,8 @@ def test_chain_of_thought_by_hand():
     table[1, a[2], c[2]] = 1.0
     trainer = Trainer([Lookup(table)], [data], g, adamw, epochs=1)
     found = revcurse.chain_of_thought(trainer)
-    assert found["direct_accuracy"]["mean"] == pytest.approx(2 / 3)  # the first and the last
-    assert found["two_step_accuracy"]["mean"] == pytest.approx(1 / 3)  # the middle one
+    assert found["direct_accuracy"].item() == pytest.approx(2 / 3)  # the first and the last
+    assert found["two_step_accuracy"].item() == pytest.approx(1 / 3)  # the middle one
     answers = revcurse.answer(trainer, torch.stack([a, torch.zeros(3, dtype=int)], 1)[None])
     assert answers[0, :, 0].tolist() == [b[1], b[1], b[2]]
 
@@ -928,7 +1038,7 @@ def test_a_seed_alone_is_the_same_as_among_others():
 
 def test_dropout_masks_belong_to_the_seed():
     many, one = tiny_trainer(0, 1, 2, 3, dropout=0.2)[0], tiny_trainer(3, dropout=0.2)[0]
-    theirs, ours = many.draw_noise(4), one.draw_noise(4)
+    theirs, ours = (trainer.name_noise(trainer.draw_noise(4), 4) for trainer in (many, one))
     assert len(ours) == 1 + 3 * 2  # embeddings; attention, residual and MLP of two blocks
     for name, noise in ours.items():
         assert torch.equal(noise[0], theirs[name][3])
@@ -939,8 +1049,8 @@ def test_dropout_masks_belong_to_the_seed():
 def test_dropout_is_at_work_in_training_only(loss):
     trainer, _ = tiny_trainer(0, dropout=0.5, loss=loss)
     before = {name: weight.detach().clone() for name, weight in trainer.params.items()}
-    first, second = (trainer.losses(trainer.sentences, trainer.P, trainer.draw_noise(12))
-                     for _ in range(2))
+    first, second = (trainer.losses(trainer.sentences, trainer.P, trainer.name_noise(
+        trainer.draw_noise(12), 12)) for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(*(trainer.logits(trainer.sentences[..., :-1], 1) for _ in range(2)))
     trainer.run()
@@ -1334,7 +1444,7 @@ def test_flags_reach_model_and_optimiser(tmp_path, capsys):
     flags = ["--lr", "0.2", "--betas", "0.5", "0.6", "--weight-decay", "0.3", "--dropout", "0.4",
              "--position", "none"]
     args = revcurse.parse(["reversal", *TINY, *flags, "--out", str(tmp_path)])
-    trainer = revcurse.make_trainer(revcurse.prepare_task(args))
+    trainer = revcurse.make_trainer(revcurse.prepare_task(args), [0, 1])
     group = trainer.optimizer.param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.2, (0.5, 0.6), 0.3)
     assert (trainer.batch_size, trainer.epochs, len(trainer.generators)) == (4, 12, 2)
@@ -1527,11 +1637,139 @@ def test_files_appear_whole_and_together_or_not_at_all(tmp_path):
 LONG = ["reversal", *TINY, "--epochs", "60", "--dropout", "0.1", "--quiet"]
 
 
+# ------------------------------------------------------------------ Groups, processes and speed
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_groups_of_seeds_have_the_numbers_of_all_at_once(at_once, tmp_path, capsys):
+    whole, groups = tmp_path / "whole", tmp_path / "groups"
+    flags = ["chain", *TINY, "--seeds", "5", "--dropout", "0.1", "--cosine"]
+    flags += ["--animate", "--epochs", "4"] * (at_once == 2)
+    assert run_in(whole, *flags) == 0
+    assert run_in(groups, *flags, "--seeds-at-once", str(at_once)) == 0
+    assert ("seed 2: " if at_once == 1 else "seed 2 3: ") in capsys.readouterr().out
+    one, other = read(whole, "chain"), read(groups, "chain")
+    for name, number in one["summary"].items():
+        assert other["summary"][name]["per_seed"] == pytest.approx(number["per_seed"], abs=1e-5)
+    for name, curve in one["curves"].items():
+        assert np.allclose(curve, other["curves"][name], atol=1e-5)
+    for name, means in one["weights"].items():
+        assert other["weights"][name] == pytest.approx(means, abs=1e-5)
+    with np.load(whole / "chain.npz") as a, np.load(groups / "chain.npz") as b:
+        assert a.keys() == b.keys()
+        assert all(np.allclose(a[name], b[name], atol=2e-3) for name in a)
+
+
+def test_processes_share_all_seeds_of_all_runs(monkeypatch, tmp_path):
+    args = revcurse.parse(["ablate", "layers", "--values", "1", "2", "3", *TINY, "--seeds", "5",
+                           "--seeds-at-once", "2"])
+    _, _, runs = revcurse.plan(args)
+    for world in (1, 2, 3, 20):
+        seen, loads = [], []
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        for process in range(world):
+            monkeypatch.setenv("RANK", str(process))
+            jobs = revcurse.share(runs)
+            assert all(len(seeds) <= 2 for _, seeds in jobs)
+            seen += [(i, seed) for i, seeds in jobs for seed in seeds]
+            loads.append(sum(len(seeds) for _, seeds in jobs))
+        assert sorted(seen) == [(i, seed) for i in range(3) for seed in range(5)]
+        assert max(loads) - min(loads) <= 1
+
+
+def test_how_many_seeds_fit(monkeypatch, capsys):
+    run = revcurse.prepare_task(revcurse.parse(["reversal"]))
+    assert revcurse.fit(run) == 10  # of a small model all
+    large = run._replace(config={**run.config, "parameters": 10**7})
+    assert revcurse.fit(large) == 1
+    large = large._replace(config={**large.config, "device": "cuda"})
+    for free, seeds in [(24e9, 106), (1e9, 4), (10, 1)]:  # of 200 MB + 64 * 2 * 2 * 64 * 160 B
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 80e9))
+        assert revcurse.fit(large) == seeds
+        said = capsys.readouterr().out
+        assert f"{free / 1e9:.1f} GB are free, a seed needs about 0.20 GB" in said
+    large.config["seeds_at_once"] = 7
+    assert revcurse.fit(large) == 7
+
+
+def test_floor_by_hand():
+    # 1000 parameters, 10 tokens: 40,000 bytes, 60,000 operations
+    assert revcurse.floor(1000, 10, bandwidth=4000, operations=1e9) == pytest.approx(10)
+    assert revcurse.floor(1000, 10, bandwidth=1e9, operations=2000) == pytest.approx(30)
+    bandwidth, operations = revcurse.measure_device("cpu", bf16=False)
+    assert 1e8 < bandwidth < 1e13 and 1e8 < operations < 1e14
+
+
+def test_a_run_prints_the_time_of_its_steps(tmp_path, capsys):
+    assert run_in(tmp_path, *LONG) == 0
+    line, = (line for line in capsys.readouterr().out.splitlines() if "floor" in line)
+    assert line.startswith("a step of 2 seeds: ") and line.endswith("kernels run one by one")
+    assert "(highest)" in line
+
+
+def test_bf16_is_close_and_not_the_same(tmp_path):
+    plain, half = (tiny_trainer(0, 1, epochs=4, bf16=bf16)[0] for bf16 in (False, True))
+    for trainer in (plain, half):
+        trainer.run()
+    assert all(weight.dtype == torch.float32 for weight in half.params.values())
+    assert not torch.equal(plain.curves, half.curves)
+    torch.testing.assert_close(plain.curves, half.curves, atol=0.1, rtol=0.1)
+    assert run_in(tmp_path, *LONG, "--precision", "bf16") == 0
+    assert read(tmp_path, "reversal")["config"]["precision"] == "bf16"
+
+
+PROCESS = """
+import os, sys, time
+sys.path.insert(0, {here!r})
+import revcurse
+revcurse.CHECKPOINT_SECONDS = revcurse.LOOK_SECONDS = 0
+open(os.path.join({folder!r}, "pid" + os.environ["RANK"]), "w").write(str(os.getpid()))
+step = revcurse.Trainer.step
+if "--resume" not in sys.argv:
+    revcurse.Trainer.step = lambda self: (step(self), time.sleep(0.03))
+sys.exit(revcurse.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_two_processes_of_which_one_dies_and_that_go_on(tmp_path):
+    whole, both = tmp_path / "whole", tmp_path / "both"
+    flags = [*LONG, "--seeds", "3"]
+    assert run_in(whole, *flags) == 0
+    script = tmp_path / "script.py"
+    script.write_text(PROCESS.format(here=str(HERE), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(script), *flags, "--out", str(both)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               text=True)
+    checkpoints = [both / f"reversal.{process}of2.pt" for process in (0, 1)]
+    for _ in range(600):
+        if all(path.exists() for path in checkpoints):
+            break
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    error = running.communicate(timeout=90)[1]
+    assert running.returncode == 1 and "error (process 0 of 2): interrupted" in error
+    assert all(path.exists() for path in checkpoints)
+    assert not (both / "reversal.json").exists()
+    done = subprocess.run([*command, "--resume"], timeout=90, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on after epoch") == 1  # the first process speaks for both
+    one, other = numbers(whole), numbers(both)
+    assert all(np.allclose(matrix, other[1][name], rtol=1e-3) for name, matrix in one[1].items())
+    for name, number in one[0]["summary"].items():
+        assert other[0]["summary"][name]["per_seed"] == pytest.approx(number["per_seed"], rel=1e-3)
+    for name, curve in one[0]["curves"].items():
+        assert np.allclose(curve, other[0]["curves"][name], rtol=1e-3)
+    assert len(list(both.iterdir())) == 4
+
+
 SLOW = """
 import sys, time, revcurse
 revcurse.CHECKPOINT_SECONDS = 0
 step = revcurse.Trainer.step
-revcurse.Trainer.step = lambda self: (step(self), time.sleep(0.05))
+revcurse.Trainer.step = lambda self: (step(self), time.sleep(0.03))
 sys.exit(revcurse.main(sys.argv[1:]))
 """
 
@@ -1554,7 +1792,8 @@ def test_killed_interrupted_and_resumed_is_the_same_as_uninterrupted(tmp_path, c
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run_in(whole, *LONG) == 0
     checkpoint = broken / "reversal.pt"
-    for how, more in [(signal.SIGKILL, ()), (signal.SIGINT, ["--resume"])]:
+    for how, more in [(signal.SIGKILL, ()), (signal.SIGTERM, ["--resume"]),
+                      (signal.SIGINT, ["--resume"])]:
         running = slow_process(broken, *more)
         began = checkpoint.stat().st_mtime_ns if more else 0
         for _ in range(600):
@@ -1566,7 +1805,7 @@ def test_killed_interrupted_and_resumed_is_the_same_as_uninterrupted(tmp_path, c
         error = running.communicate(timeout=60)[1]
         assert running.returncode == (-9 if how == signal.SIGKILL else 130)
         assert checkpoint.exists() and not (broken / "reversal.json").exists()
-        if how == signal.SIGINT:
+        if how != signal.SIGKILL:
             assert error.count("\n") == 1 and "--resume" in error and str(checkpoint) in error
     saved = torch.load(checkpoint, weights_only=True)
     assert 0 < saved["trainer"]["counts"][0] < 60 * 3
@@ -1608,7 +1847,8 @@ def test_a_killed_sweep_goes_on_without_repeating_values(tmp_path, monkeypatch):
 
 def test_bad_checkpoints(tmp_path, capsys):
     checkpoint = tmp_path / "reversal.pt"
-    config = {**vars(revcurse.parse(LONG)), "complete": 4, "held_out": 2, "device": "cpu"}
+    config = {**vars(revcurse.parse(LONG)), "complete": 4, "held_out": 2, "device": "cpu",
+              "precision": "highest"}
     config = {name: config[name] for name in config if name not in ("run", "command", "out")}
 
     def saved(content):
@@ -1616,14 +1856,15 @@ def test_bad_checkpoints(tmp_path, capsys):
         torch.save(content, buffer)
         return buffer.getvalue()
 
-    whole = {"name": "reversal", "config": config, "seconds": 1.0, "done": [],
+    whole = {"name": "reversal", "config": config, "seconds": 1.0, "done": [], "jobs": [],
              "trainer": {"weights": torch.arange(1000.0)}}
     good = saved(whole)
     flipped = bytearray(good)
     flipped[good.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
     unreadable = [bytes(flipped), good[:-100], b"", b"text", saved(torch.ones(2)), saved({}),
                   saved({**whole, "config": [1]}), saved({**whole, "seconds": "a"}),
-                  saved({**whole, "done": 1}), saved({**whole, "name": "chain"}),
+                  saved({**whole, "done": 1}), saved({**whole, "jobs": 1}),
+                  saved({**whole, "name": "chain"}),
                   saved({**whole, "more": Evil(tmp_path / "marker")})]
     other = [(saved({**whole, "config": {**config, "lr": 0.5}}), ["--lr 0.01", "--lr 0.5"])]
     for content, words in [*((bad, ["not a checkpoint"]) for bad in unreadable), *other]:
@@ -1677,9 +1918,48 @@ def test_cuda_agrees_with_the_cpu():
 
 
 @cuda
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recorded_steps_agree_with_plain_ones(seeds, bf16, monkeypatch):
+    recorded, plain = (tiny_trainer(*seeds, epochs=6, dropout=0.1, device="cuda", bf16=bf16)[0]
+                       for _ in range(2))
+    plain.update = plain.update_plainly
+    for trainer in (recorded, plain):
+        trainer.run()
+    assert recorded.update.how == "as a CUDA graph" and len(recorded.update.graphs) == 2
+    torch.testing.assert_close(recorded.curves, plain.curves, atol=1e-3, rtol=1e-3)
+    for name, weight in recorded.params.items():
+        torch.testing.assert_close(weight, plain.params[name], atol=1e-2, rtol=1e-2)
+
+
+@cuda
+def test_a_refused_recording_runs_plainly_and_says_so(monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain, refused = (tiny_trainer(0, 1, epochs=4, device="cuda")[0] for _ in range(2))
+    plain.update = plain.update_plainly
+    plain.run()
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    refused.run()
+    assert "refused" in refused.update.how and "not permitted" in refused.update.how
+    assert torch.equal(plain.curves, refused.curves)
+
+
+@cuda
+def test_seeds_fit_the_memory_of_the_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 10**6, 10**9))
+    assert run_in(tmp_path, *LONG, "--seeds", "5") == 0  # a seed needs about 0.5 MB
+    said = capsys.readouterr().out
+    assert "0.0 GB are free" in said and "seed 0 1 2: " in said and "seed 3 4: " in said
+    assert "kernels run as a CUDA graph; peak memory" in said
+
+
+@cuda
 def test_cuda_steps_never_wait_for_the_device():
     trainer, _ = tiny_trainer(0, 1, dropout=0.1, device="cuda")
-    trainer.step()
+    for _ in range(9):  # until both sizes of a batch are recorded
+        trainer.step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
