@@ -27,6 +27,7 @@ predicts, D dim, H heads, V ids of the vocabulary, K tokens of an entity. NLL is
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import functools
 import inspect
@@ -517,15 +518,16 @@ def nll(logits, targets):
 
 
 def spaced(epochs, log=False):
-    """All epochs from 0 on or about 100 of them, evenly spaced or, with log, ever further apart."""
-    points = np.linspace(0, epochs, min(epochs, 100) + 1)
+    """All epochs from 0 on if there are no more than 100, else about 50; or, with log, about 100
+    that are ever further apart."""
+    points = np.linspace(0, epochs, (epochs if epochs <= 100 else 50) + 1)
     if log:
         points = np.append(0, np.geomspace(1, epochs, 100))
     return np.unique(points.round().astype(int)).tolist()
 
 
-class Recorded:
-    """A function of tensors on a CUDA device, to be replayed there as one graph.
+class Recorder:
+    """Calls a function of tensors; on a CUDA device, replays its kernels as one graph.
 
     A training step is thousands of kernels, and Python is slower to launch them than a GPU to run
     them. So the first two calls for each shape of the inputs run plainly, the kernels of the third
@@ -535,31 +537,31 @@ class Recorded:
     as weights. It may step the optimizer, which has to know that it is being recorded.
     """
 
-    def __init__(self, function, optimizer):
-        self.function, self.optimizer = function, optimizer
-        self.calls, self.graphs, self.pool, self.how = {}, {}, None, "one by one"
+    def __init__(self, optimizer):
+        self.optimizer, self.calls, self.graphs, self.pool = optimizer, {}, {}, None
+        self.how = "one by one"
 
-    def __call__(self, *inputs):
+    def __call__(self, function, *inputs):
         shapes = tuple(tensor.shape for tensor in inputs)
         self.calls[shapes] = self.calls.get(shapes, 0) + 1
         if not inputs[0].is_cuda or "refused" in self.how:
-            return self.function(*inputs)
+            return function(*inputs)
         if self.calls[shapes] <= 2:  # lets libraries set themselves up, on a stream as in recording
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                result = self.function(*inputs)
+                result = function(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
             return result
-        if shapes not in self.graphs and not self.record(shapes, inputs):
-            return self.function(*inputs)
+        if shapes not in self.graphs and not self.record(function, shapes, inputs):
+            return function(*inputs)
         graph, places, result = self.graphs[shapes]
         for place, tensor in zip(places, inputs, strict=True):
             place.copy_(tensor)
         graph.replay()
         return result
 
-    def record(self, shapes, inputs):
+    def record(self, function, shapes, inputs):
         """Record, without running them, the kernels for these inputs: whether it worked."""
         places, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
         groups = [group for group in self.optimizer.param_groups if "capturable" in group]
@@ -567,7 +569,7 @@ class Recorded:
             for group in groups:
                 group["capturable"] = True
             with torch.cuda.graph(graph, pool=self.pool):
-                result = self.function(*places)
+                result = function(*places)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -591,8 +593,8 @@ class Trainer:
     stacked over the seeds. loss: "entity" (the last K tokens) or "sequence" (all but the first).
 
     `curves` (2, 2, points, S) holds the NLL of training and validation sentences, of the graded
-    token and of the whole entity, after each epoch in `points` (0 to the last; if not given, all or
-    about 100 of them). At some points (each record_every-th) `frames` gets the epoch and what the
+    token and of the whole entity, after each epoch in `points` (0 to the last; if not given, as
+    `spaced` has them). At some points (each record_every-th) `frames` gets the epoch and what the
     function `record` says of this trainer, {name: tensor}. bf16: forward and backward in bfloat16
     autocast, with weights and updates in float32.
     """
@@ -606,7 +608,7 @@ class Trainer:
         self.optimizer = make_optimizer([p for p in self.params.values() if p.requires_grad])
         self.generators, self.epochs, self.batch_size = generators, epochs, batch_size
         self.datasets, self.K, self.bf16 = datasets, datasets[0].answer_length, bf16
-        self.update = Recorded(self.update_plainly, self.optimizer)
+        self.recorder = Recorder(self.optimizer)
         self.groups = {group: torch.stack([data.groups[group] for data in datasets]).to(device)
                        for group in datasets[0].groups}  # (S, n, T + 1), the last one validates
         self.sentences = torch.cat(list(self.groups.values()), dim=1)  # (S, sentences, T + 1)
@@ -639,7 +641,7 @@ class Trainer:
         with (torch.autocast(tokens.device.type, torch.bfloat16, cache_enabled=False) if self.bf16
               else contextlib.nullcontext()):
             if S == 1:  # without vmap matrix products of large models are faster on a processor
-                state = {name: value[0] for name, value in state.items()}
+                state = {name: value.squeeze(0) for name, value in state.items()}
                 logits = one_seed(state, tokens[0])[None]
             else:
                 logits = vmap(one_seed)(state, tokens)
@@ -667,7 +669,7 @@ class Trainer:
         return {name: part.view(-1, B, *shape)
                 for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
-    def update_plainly(self, rows, uniform):
+    def update(self, rows, uniform):
         """Forward, backward and update with sentences number rows (S, B): the losses (S,)."""
         noise = self.name_noise(uniform, rows.shape[1])
         sentences = self.sentences.take_along_dim(rows[..., None], dim=1)  # (S, B, T + 1)
@@ -687,7 +689,7 @@ class Trainer:
             order = order.pin_memory() if cuda else order
             self.order = order.to(self.curves.device, non_blocking=cuda)
         rows = self.order[:, start:start + self.batch_size]  # (S, B)
-        loss = self.update(rows, self.draw_noise(rows.shape[1]))
+        loss = self.recorder(self.update, rows, self.draw_noise(rows.shape[1]))
         self.steps += 1
         self.note_bad(loss)
 
@@ -733,7 +735,7 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state):
         """Go to where the trainer stood that gave this state, whose tensors become this one's."""
-        self.update = Recorded(self.update_plainly, self.optimizer)  # a record has the old tensors
+        self.recorder = Recorder(self.optimizer)  # what is recorded has the old tensors
         for name, tensor in self.params.items():
             tensor.copy_(state["params"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1447,7 +1449,7 @@ class Watch:
             trainer.load_state_dict(saved["trainer"])
             self.started -= saved["seconds"]
             print(f"going on after epoch {trainer.steps // trainer.steps_per_epoch}")
-        parts = 1 if self.label else 10  # each has a line where lines cannot be rewritten
+        parts = 10 if run.value is None else 1  # each has a line where lines cannot be rewritten
         self.part = max(1, trainer.epochs // parts) * trainer.steps_per_epoch
 
     def seconds(self):
@@ -1903,7 +1905,7 @@ def make_trainer(run, seeds):
     torch.set_float32_matmul_precision("high" if config.get("precision") == "high" else "highest")
     if config.get("animate"):
         options |= {"record": functools.partial(logit_matrices, seeds=1),
-                    "record_every": math.ceil(len(spaced(config["epochs"])) / 25)}
+                    "record_every": max(1, round(len(spaced(config["epochs"])) / 25))}
 
     def make_optimizer(params):
         if run.command in THEORY:  # the loss is a mean over the batch, lr is for each sentence
@@ -1972,7 +1974,7 @@ def collect(job, run, trainer, seconds):
     lines = examples(trainer) if first and run.value is None else []
     return {"job": job, "numbers": on_cpu(numbers), "arrays": on_cpu(arrays) if first else {},
             "lines": lines, "seconds": seconds, "step": seconds / trainer.steps,
-            "how": trainer.update.how}
+            "how": trainer.recorder.how}
 
 
 def on_cpu(tree):
@@ -2110,7 +2112,7 @@ def floor(parameters, tokens, bandwidth, operations):
 def measure_device(device, bf16):
     """(bytes, operations) a second, as a copy and a matrix product show them."""
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
-    numbers, side = (2**28, 8192) if device == "cuda" else (2**25, 1024)
+    numbers, side = (2**26, 4096) if device == "cuda" else (2**25, 1024)
     x, y = (torch.ones(numbers, device=device) for _ in range(2))
     a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     fastest = []
@@ -2128,17 +2130,17 @@ def measure_device(device, bf16):
 
 def report_speed(run, part):
     """Print the time of a step beside its floor."""
-    config, (_, seeds) = run.config, part["job"]
-    parameters, train = len(seeds) * config["parameters"], run.datasets[0].train
-    tokens = min(config["batch_size"], len(train)) * (train.shape[1] - 1)
-    bandwidth, operations = measure_device(config["device"], config["precision"] == "bf16")
-    least = floor(parameters, tokens, bandwidth, operations)
+    config, (_, seeds), train = run.config, part["job"], run.datasets[0].train
     memory = (f"; peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
               if config["device"] == "cuda" else "")
-    print(f"a step of {len(seeds)} seeds: {1e3 * part['step']:.2f} ms, evaluation included; floor "
-          f"{1e3 * least:.2f} ms at {bandwidth / 1e9:.0f} GB/s and {operations / 1e12:.2f} TFLOP/s "
-          f"({config['precision']}), {part['step'] / least:.1f} times as much; kernels run "
-          f"{part['how']}{memory}")
+    steps = math.ceil(len(train) / config["batch_size"])  # of an epoch, whose last may be small
+    bandwidth, operations = measure_device(config["device"], config["precision"] == "bf16")
+    least = floor(len(seeds) * config["parameters"], len(train) / steps * (train.shape[1] - 1),
+                  bandwidth, operations)
+    print(f"a step of {len(seeds)} seed{'s' * (len(seeds) > 1)}: {1e3 * part['step']:.2f} ms, "
+          f"evaluation included; floor {1e3 * least:.2f} ms at {bandwidth / 1e9:.0f} GB/s and "
+          f"{operations / 1e12:.2f} TFLOP/s ({config['precision']}), {part['step'] / least:.1f} "
+          f"times as much; kernels run {part['how']}{memory}")
 
 
 def carry_out(name, config, runs):
@@ -2339,9 +2341,15 @@ COMMANDS = {
 }
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
+
+
 def main(argv=None):
     """Run a command line; returns the exit status."""
     args, (rank, world) = parse(argv), processes()
+    with contextlib.suppress(Exception):  # glibc alone has it: keep what a step frees for the next
+        for option, megabytes in [(M_MMAP_THRESHOLD, 32), (M_TRIM_THRESHOLD, 2047)]:
+            ctypes.CDLL(None).mallopt(option, megabytes << 20)
     with contextlib.ExitStack() as stack:
         if rank:  # the first process speaks for all
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(
