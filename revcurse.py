@@ -31,6 +31,7 @@ import ctypes
 import datetime
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -41,6 +42,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import timeit
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -2083,9 +2085,8 @@ def share(runs):
     for i, run in enumerate(runs):
         S = run.config["seeds"]
         mine = [seed for seed in range(S) if (i * S + seed) % world == rank]
-        groups = math.ceil(len(mine) / fit(run)) or 1
-        size = math.ceil(len(mine) / groups) or 1  # as equal as can be
-        jobs += [(i, mine[at:at + size]) for at in range(0, len(mine), size)]
+        parts = np.array_split(mine, math.ceil(len(mine) / fit(run)) or 1)  # as equal as can be
+        jobs += [(i, part.tolist()) for part in parts if part.size]
     return jobs
 
 
@@ -2115,17 +2116,9 @@ def measure_device(device, bf16):
     numbers, side = (2**26, 4096) if device == "cuda" else (2**25, 1024)
     x, y = (torch.ones(numbers, device=device) for _ in range(2))
     a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    fastest = []
-    for call in (functools.partial(x.copy_, y), functools.partial(torch.matmul, a, a)):
-        times = []
-        for _ in range(6):
-            wait()
-            began = time.perf_counter()
-            call()
-            wait()
-            times.append(time.perf_counter() - began)
-        fastest.append(min(times))
-    return 8 * numbers / fastest[0], 2 * side**3 / fastest[1]
+    copy, product = (min(timeit.repeat(lambda call=call: (call(), wait()), repeat=6, number=1))
+                     for call in (lambda: x.copy_(y), lambda: a @ a))
+    return 8 * numbers / copy, 2 * side**3 / product
 
 
 def report_speed(run, part):
@@ -2287,16 +2280,14 @@ def all_command(args):
     plans = [plan(parse([*line.split(), *args.rest])) for line in EVERYTHING]
     began, found, out = time.monotonic(), {}, Path(plans[0][1]["out"])
     rank, world = processes()
-    for name, config, _ in plans:  # find what does not fit before any work
-        if config["resume"] and checkpoint_path(out / name).exists():
+    for name, config, _ in plans if plans[0][1]["resume"] else []:
+        if checkpoint_path(out / name).exists():  # find what does not fit before any work
             read_checkpoint(checkpoint_path(out / name), config)
-    for name, config, _ in plans:
-        path = out / f"{name}.json"
         with contextlib.suppress(Exception):  # what is missing or damaged is made again
-            results = json.loads(path.read_text(encoding="utf-8"))
-            if config["resume"] and not difference(config, results["config"]):
+            results = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+            if not difference(config, results["config"]):
                 found[name] = results
-                print(f"{path} is there")
+                print(f"{out / name}.json is there")
     there = [list(found)]
     if world > 1:  # what the first process finds, which has the results
         torch.distributed.broadcast_object_list(there)
@@ -2341,19 +2332,14 @@ COMMANDS = {
 }
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
-
-
 def main(argv=None):
     """Run a command line; returns the exit status."""
     args, (rank, world) = parse(argv), processes()
     with contextlib.suppress(Exception):  # glibc alone has it: keep what a step frees for the next
-        for option, megabytes in [(M_MMAP_THRESHOLD, 32), (M_TRIM_THRESHOLD, 2047)]:
+        for option, megabytes in [(-3, 32), (-1, 2047)]:  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, megabytes << 20)
-    with contextlib.ExitStack() as stack:
-        if rank:  # the first process speaks for all
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(
-                open(os.devnull, "w", encoding="utf-8"))))
+    # The first process speaks for all.
+    with contextlib.redirect_stdout(io.StringIO() if rank else sys.stdout):
         if world > 1:  # they meet at the end alone, where the first waits for the slowest
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         try:
