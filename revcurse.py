@@ -768,7 +768,7 @@ def rank(logits, targets, alphabets):
 
 def spread(values):
     """(S,) to {"mean", "std", "per_seed"}: how the results file gives a number of all seeds."""
-    values = values.detach().cpu().double()
+    values = values.double()
     return {"mean": values.mean().item(), "std": values.std(correction=0).item(),
             "per_seed": values.tolist()}
 
@@ -843,17 +843,16 @@ def logit_matrices(trainer, seeds=None):
 
 
 def diagonal_means(matrices):
-    """({group: {"diagonal", "off_diagonal"}}, contrast), each (S,): mean logits of the pairs and of
-    all else, NaN if there is nothing else; and by how much a pair stands out where it is asked, in
+    """Means (S, groups, 2) and contrast (S,): mean logits of the pairs, on the diagonal, and of all
+    else, NaN if there is nothing else; and by how much a pair stands out where it is asked, in
     units of how much it does in the held-out sentences that are trained."""
-    means = {}
-    for group, matrix in matrices.items():  # (S, n, n)
+    means = []
+    for matrix in matrices.values():  # (S, n, n)
         n, own = matrix.shape[1], matrix.diagonal(dim1=1, dim2=2).sum(1)
-        means[group] = {"diagonal": own / n,
-                        "off_diagonal": (matrix.sum((1, 2)) - own) / (n * n - n)}
-    *seen, unseen = [mean["diagonal"] - mean["off_diagonal"] for group, mean in means.items()
-                     if group.startswith("validation")]
-    return means, unseen / (sum(seen) / len(seen))
+        means.append(torch.stack([own / n, (matrix.sum((1, 2)) - own) / (n * n - n)], dim=1))
+    *seen, unseen = [on - off for group, (on, off) in zip(
+        matrices, (mean.T for mean in means), strict=True) if group.startswith("validation")]
+    return torch.stack(means, dim=1), unseen / (sum(seen) / len(seen))
 
 
 def cosines(trainer):
@@ -902,20 +901,13 @@ def probabilities(trainer):
             "attention": vmap(trainer.model.attention)(Z, tokens)[..., 0]}
 
 
-def bilinear_numbers(trainer):
-    """({"curves": (S, 2, points), "asymmetry": (S, points)}, matrices of the first seed)."""
-    skew = torch.stack([frame["asymmetry"] for _, frame in trainer.frames], dim=1)
-    matrices = {name: matrix[0] for name, matrix in logit_matrices(trainer, seeds=1).items()}
-    return {"curves": trainer.curves[:, 0].permute(2, 0, 1), "asymmetry": skew}, matrices
-
-
 def bilinear_results(run, numbers, times):
-    """The results of one dimension, whose numbers are those of bilinear_numbers for all seeds.
+    """The results of one dimension from the numbers of all seeds: their curves and asymmetry.
 
     epsilon: the smallest with which Theorem 1, L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon, holds
     for all seeds at all points of the curves; epsilon_end: at the last.
     """
-    curves = numbers["curves"].transpose(0, 1)  # (2, S, points)
+    curves = numbers["curves"][:, :, 0].transpose(0, 1)  # (2, S, points)
     forward, reversal = (curves / curves[..., :1]).log()[..., 1:]
     epsilon = torch.where(forward < 0, reversal / forward, 0).clamp(min=0)
     return {
@@ -964,14 +956,9 @@ def conclude_bilinear(results):
     results["verdict"] = "\n".join(lines)
 
 
-def onelayer_numbers(trainer):
-    """({"probability", "attention"}, each (S, sentences, points), Y of the first seed)."""
-    return ({name: torch.stack([frame[name] for _, frame in trainer.frames], dim=2)
-             for name in ("probability", "attention")}, {"Y": trainer.params["Y"][0]})
-
-
 def onelayer_results(run, numbers, times):
-    """The results of one kind of data, whose numbers are those of onelayer_numbers.
+    """The results of one kind of data from its numbers: probability and attention, each
+    (S, sentences, points).
 
     For each group of sentences: curves of the mean probability and attention, a list for each seed;
     of all its sentences and seeds the lowest and highest probability at the end, the highest ever.
@@ -1785,11 +1772,11 @@ def flag_values(args):
 
 
 def prepare(args, value, make_data, make_model):
-    """The Run of these flags on data that make_data(generator) gives. Raises Problem if flags do
+    """The Run of these flags on data that make_data(generator=) gives. Raises Problem if flags do
     not fit together."""
     generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.seeds)]
     try:
-        datasets = [make_data(g) for g in generators]
+        datasets = [make_data(generator=g) for g in generators]
         with torch.device("meta"):  # all that the model checks, and none of its memory
             size = sum(weight.numel() for weight in make_model(datasets[0], None).parameters())
     except ValueError as error:  # it begins with the parameter, which is named as the flag
@@ -1854,8 +1841,7 @@ def onelayer_runs(args):
             "chain": functools.partial(chain_data, V, 1, 0, complete + held_out),
             "chain with A ~> C": functools.partial(chain_data, V, 1, complete, held_out),
             "distractors": functools.partial(distractor_data, V, complete, held_out)}.items():
-        run = prepare(args, value, lambda g, make=make_data: make(generator=g),
-                      lambda data, _: OneLayer(len(data.names)))
+        run = prepare(args, value, make_data, lambda data, _: OneLayer(len(data.names)))
         yield run._replace(config=run.config | {
             "batch_size": len(run.datasets[0].train) if args.full_batch else 1})
 
@@ -1923,17 +1909,25 @@ def make_trainer(run, seeds):
                    batch_size=config["batch_size"], device=config["device"], **options)
 
 
+def theory_numbers(run, trainer):
+    """What was recorded, {name: (S, ..., points)}, and matrices of the first seed for the .npz."""
+    frames = [frame for _, frame in trainer.frames]
+    matrices = THEORY[run.command].matrices(trainer)
+    return ({name: torch.stack([frame[name] for frame in frames], dim=-1) for name in frames[0]},
+            {name: matrix[0] for name, matrix in matrices.items()})
+
+
 def task_numbers(run, trainer):
-    """({name: numbers of each seed, (S, ...)}, {name: matrix of the first seed} for the .npz)."""
-    summary, arrays = measure(trainer), {}
-    numbers = {"summary": summary, "curves": trainer.curves.permute(3, 0, 1, 2)}
+    """The same of a task: numbers of each seed, {name: (S, ...)}, those of shape (S,) for the
+    summary, and matrices of the first seed for the .npz."""
+    numbers, arrays = measure(trainer), {}
     if run.command == "chain":
-        summary |= chain_of_thought(trainer)
+        numbers |= chain_of_thought(trainer)
     if TASKS[run.command].maps:
         matrices = logit_matrices(trainer)
         numbers["weights"], contrast = diagonal_means(matrices)
         if contrast.isfinite().all():
-            summary["contrast"] = contrast
+            numbers["contrast"] = contrast
         if run.value is None:
             arrays = {name: matrix[0] for name, matrix in matrices.items()}
     if run.config["cosine"]:
@@ -1949,7 +1943,8 @@ def task_numbers(run, trainer):
 def task_results(run, numbers, chance):
     """What the numbers of all seeds say of a task, for the results file."""
     data, K = run.datasets[0], run.datasets[0].answer_length
-    results = {"summary": {name: spread(seeds) for name, seeds in numbers["summary"].items()}}
+    results = {"summary": {name: spread(seeds) for name, seeds in numbers.items()
+                           if seeds.ndim == 1}}
     results["curves"] = {"epoch": spaced(run.config["epochs"])} | {
         f"{part}_{name}": numbers["curves"][:, i, j].tolist()
         for j, name in enumerate(["nll", "word_nll"][:1 + (K > 1)])
@@ -1958,10 +1953,10 @@ def task_results(run, numbers, chance):
         chance |= {"word_vocabulary": K * chance["vocabulary"],
                    "word_alphabet": (K - data.graded) * chance["alphabet"]}
     if "weights" in numbers:
-        results["weights"] = {group: {name: mean if math.isfinite(mean) else None
-                                      for name, seeds in means.items()
-                                      for mean in [seeds.mean().item()]}
-                              for group, means in numbers["weights"].items()}
+        results["weights"] = {
+            group: {"diagonal": on, "off_diagonal": off if math.isfinite(off) else None}
+            for group, (on, off) in zip(data.groups, numbers["weights"].mean(0).tolist(),
+                                        strict=True)}
     if run.config.get("facts"):
         results["names"] = {group: [[data.names[s[0]], data.names[s[-1]]] for s in sentences]
                             for group, sentences in data.groups.items()}
@@ -1970,32 +1965,23 @@ def task_results(run, numbers, chance):
 
 def collect(job, run, trainer, seconds):
     """What is kept of a trained job: its numbers, and those things that only the first seed has."""
-    theory = THEORY.get(run.command)
-    numbers, arrays = theory.numbers(trainer) if theory else task_numbers(run, trainer)
+    find = theory_numbers if run.command in THEORY else task_numbers
+    numbers, arrays = find(run, trainer)
+    numbers["curves"] = trainer.curves.permute(3, 0, 1, 2)
+    numbers, arrays = ({name: tensor.detach().cpu() for name, tensor in tensors.items()}
+                       for tensors in (numbers, arrays))
     first = 0 in job[1]
     lines = examples(trainer) if first and run.value is None else []
-    return {"job": job, "numbers": on_cpu(numbers), "arrays": on_cpu(arrays) if first else {},
-            "lines": lines, "seconds": seconds, "step": seconds / trainer.steps,
-            "how": trainer.recorder.how}
-
-
-def on_cpu(tree):
-    """A dictionary of tensors, or of such dictionaries, in main memory."""
-    return ({name: on_cpu(branch) for name, branch in tree.items()} if isinstance(tree, dict)
-            else tree.detach().cpu())
-
-
-def join(trees, order):
-    """Dictionaries of tensors (S, ...) as one, with all seeds in this order."""
-    return ({name: join([tree[name] for tree in trees], order) for name in trees[0]}
-            if isinstance(trees[0], dict) else torch.cat(trees)[order])
+    return {"job": job, "numbers": numbers, "arrays": arrays if first else {}, "lines": lines,
+            "seconds": seconds, "step": seconds / trainer.steps, "how": trainer.recorder.how}
 
 
 def assemble(run, parts):
     """(Content of the results file, arrays for the .npz) of a Run, from all parts of its seeds."""
     data = run.datasets[0]
     order = torch.tensor([seed for part in parts for seed in part["job"][1]]).argsort()
-    numbers = join([part["numbers"] for part in parts], order)
+    numbers = {name: torch.cat([part["numbers"][name] for part in parts])[order]
+               for name in parts[0]["numbers"]}
     results = {
         **({} if run.value is None else {"value": run.value}),
         "command": run.command, "config": run.config,
@@ -2308,17 +2294,17 @@ class Theory(NamedTuple):
 
     runs: Callable  # (args) to its Runs
     record: Callable  # (trainer) to {name: tensor}, at each point of the curves
-    numbers: Callable  # (trainer) to ({name: (S, ...)}, {name: matrix of the first seed})
+    matrices: Callable  # (trainer) to {name: (S, ...)}, of which the first seed's go to the .npz
     results: Callable  # (run, numbers, times) to the results of one of the runs
     conclude: Callable  # (results): adds what follows from all runs, and it in words
     draw: Callable  # (results, arrays) to the figure
 
 
 THEORY = {
-    "bilinear": Theory(bilinear_runs, asymmetry, bilinear_numbers, bilinear_results,
+    "bilinear": Theory(bilinear_runs, asymmetry, logit_matrices, bilinear_results,
                        conclude_bilinear, draw_bilinear),
-    "onelayer": Theory(onelayer_runs, probabilities, onelayer_numbers, onelayer_results,
-                       conclude_onelayer, draw_onelayer),
+    "onelayer": Theory(onelayer_runs, probabilities, lambda trainer: {"Y": trainer.params["Y"]},
+                       onelayer_results, conclude_onelayer, draw_onelayer),
 }
 COMMANDS = {
     "reversal": (run_command, "Figures 1 and 2: train A -> B, ask B <-"),
