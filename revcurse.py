@@ -798,12 +798,11 @@ def measure(trainer):
                for name, value in found.items()}
     summary["margin"] = trainer.curves[1, 0].amin(0) - math.log(alphabets[0].shape[1])
     sizes = cosines(trainer).abs()  # (S, V, V)
+    sizes.diagonal(dim1=1, dim2=2).fill_(math.nan)  # not a token with itself
     read = [sentences[:N, :-1].unique() for sentences in trainer.sentences]
     some = [size[ids][:, ids] for size, ids in zip(sizes, read, strict=True)]
     for name, parts in [("cosine", sizes), ("cosine_read", some)]:
-        pairs = [part[~torch.eye(len(part), dtype=torch.bool, device=part.device)]
-                 for part in parts]  # without the diagonal
-        summary[name] = torch.stack([pair.median() for pair in pairs])
+        summary[name] = torch.stack([part.nanmedian() for part in parts])
     return summary
 
 
@@ -1138,7 +1137,7 @@ def draw_cosines(results, matrices):
     return figure
 
 
-def draw_animation(results, frames, epochs, file):
+def draw_animation(results, frames, epochs, path):
     """The heat maps over the training beside the curve, as a GIF."""
     curves, high = results["curves"], max(frame.max() for frame in frames.values())
     figure = Figure(figsize=(4.4 + 1.4 * len(frames), 5), layout="constrained")
@@ -1149,19 +1148,17 @@ def draw_animation(results, frames, epochs, file):
     right.legend(loc="outside lower center", frameon=False, fontsize=8)
     marker, = axes.plot([], [], "o", color="black", markersize=6)
     means = [np.mean(curves[f"{part}_nll"], axis=0) for part in ("train", "validation")]
-    with tempfile.TemporaryDirectory() as folder:
-        path, writer = Path(folder, "frames.gif"), PillowWriter(fps=4)
-        with writer.saving(figure, path, dpi=180 / math.sqrt(len(frames))):
-            for i, epoch in [*enumerate(epochs), *[(-1, epochs[-1])] * 6]:  # the end stays a while
-                for image, frame in zip(images, frames.values(), strict=True):
-                    image.set_data(frame[i])
-                now = curves["epoch"].index(epoch)
-                marker.set_data([epoch, epoch], [mean[now] for mean in means])
-                figure.suptitle(f"{TASKS[results['command']].title} task after epoch {epoch}",
-                                fontsize=11)
-                writer.grab_frame()
-                figure.set_layout_engine("none")  # what was laid out stays where it is
-        file.write(path.read_bytes())
+    writer = PillowWriter(fps=4)
+    with writer.saving(figure, path, dpi=180 / math.sqrt(len(frames))):
+        for i, epoch in [*enumerate(epochs), *[(-1, epochs[-1])] * 6]:  # the end stays a while
+            for image, frame in zip(images, frames.values(), strict=True):
+                image.set_data(frame[i])
+            now = curves["epoch"].index(epoch)
+            marker.set_data([epoch, epoch], [mean[now] for mean in means])
+            figure.suptitle(f"{TASKS[results['command']].title} task after epoch {epoch}",
+                            fontsize=11)
+            writer.grab_frame()
+            figure.set_layout_engine("none")  # what was laid out stays where it is
 
 
 def draw_flow(axes, run, seeds, colour, label=None, lw=1.5, ls="-"):
@@ -1271,21 +1268,6 @@ def draw_probabilities(axes, run, title, trained, unseen):
     axes.set(yscale="log", ylabel="probability of the right answer", title=title)
 
 
-def draw_rows(axes, run, Y):
-    """The rows and columns of Y that belong to the entities of the sentences."""
-    names, ids = zip(*run["tokens"], strict=True)
-    Y = Y[np.ix_(ids, ids)]
-    image = axes.imshow(Y, vmin=-abs(Y).max(), vmax=abs(Y).max(), cmap="RdBu_r")
-    if len(ids) <= 60:
-        axes.set_xticks(range(len(ids)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(ids)), names, fontsize=8)
-        for label, row in zip(axes.get_yticklabels(), Y, strict=True):
-            label.set_color("black" if row.any() else ORANGE)
-    axes.set(title="Y after reversal, first seed; orange: never touched", xlabel="next token",
-             ylabel="context token")
-    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="logit of the next token")
-
-
 def draw_onelayer(results, arrays):
     """Section 4: Theorems 3 and 4, the rows of Y, and what Z does."""
     reversal, chain, both, distractors = results["runs"]
@@ -1298,7 +1280,17 @@ def draw_onelayer(results, arrays):
     draw_flow(right, both, both["curves"]["train_ac"], GREEN,
               "another training, with A ~> C: row A has two answers")
     right.axhline(0.5, color=GREEN, ls=":", lw=1, label="one half")
-    draw_rows(rows, reversal, arrays["Y_0"])
+    names, ids = zip(*reversal["tokens"], strict=True)
+    Y = arrays["Y_0"][np.ix_(ids, ids)]  # of the entities of the sentences
+    image = rows.imshow(Y, vmin=-abs(Y).max(), vmax=abs(Y).max(), cmap="RdBu_r")
+    if len(ids) <= 60:
+        rows.set_xticks(range(len(ids)), names, rotation=90, fontsize=8)
+        rows.set_yticks(range(len(ids)), names, fontsize=8)
+        for label, row in zip(rows.get_yticklabels(), Y, strict=True):
+            label.set_color("black" if row.any() else ORANGE)
+    rows.set(title="Y after reversal, first seed; orange: never touched", xlabel="next token",
+             ylabel="context token")
+    figure.colorbar(image, ax=rows, shrink=0.8, label="logit of the next token")
     for name, colour, label in [("train", BLUE, "trained sentences"),
                                 ("validation", ORANGE, "distractors that the entity never met")]:
         draw_flow(heard, distractors, distractors["attention"][name], colour, label)
@@ -1314,15 +1306,14 @@ def draw_onelayer(results, arrays):
 
 
 def draw(stem, results, arrays):
-    """All pictures of a run: {path: function that writes the open file}."""
+    """All pictures of a run: {path: function of a path that writes there}."""
     theory = THEORY.get(results["command"])
     figures = {"": theory.draw(results, arrays) if theory else draw_curves(results)}
     if "runs" not in results and (names := TASKS[results["command"]].maps):
         figures["_weights"] = draw_weights(results, {name: arrays[name] for name in names})
     if cosine := [array for name, array in arrays.items() if name.startswith("cosine")]:
         figures["_cosine"] = draw_cosines(results, cosine)
-    files = {stem.with_name(f"{stem.name}{suffix}.png"):
-             functools.partial(figure.savefig, format="png", dpi=150)
+    files = {stem.with_name(f"{stem.name}{suffix}.png"): functools.partial(figure.savefig, dpi=150)
              for suffix, figure in figures.items()}
     if "frame_epochs" in arrays:
         frames = {name: arrays[f"frames_{name}"].astype(np.float32) for name in names}
@@ -1350,12 +1341,13 @@ def flag(config, name):
 
 
 def write_files(writers):
-    """Write {path: function of the open file}. All are written before the first appears, whole."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
+    """Write {path: function of a path that writes there}. All are written before the first appears,
+    whole."""
+    temporary = {path: path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+                 for path in writers}
     try:
         for path, write in writers.items():
-            with open(temporary[path], "wb") as file:
-                write(file)
+            write(temporary[path])
         for path, written in temporary.items():
             os.replace(written, path)
     finally:
@@ -1518,7 +1510,7 @@ class Watch:
             written = self.path.stat().st_mtime_ns
             os.replace(self.path, self.path.with_suffix(f".{written}.pt"))
         try:
-            write_files({self.path: lambda file: torch.save(content, file)})
+            write_files({self.path: functools.partial(torch.save, content)})
         except (OSError, RuntimeError) as error:
             raise Problem(f"cannot write the checkpoint {self.path} ({error})", 1) from None
         self.owns_checkpoint = True
@@ -2150,7 +2142,7 @@ def carry_out(name, config, runs):
         if world > 1:
             torch.distributed.barrier()  # the results are there: nothing is lost any more
         if watch.owns_checkpoint:  # another run's is left alone
-            for file in (watch.path, *stem.parent.glob(f".{watch.path.stem}[._]*.tmp")):
+            for file in (watch.path, *stem.parent.glob(f".{watch.path.stem}[._]*.tmp.*")):
                 file.unlink(missing_ok=True)  # also what a kill has left half-written
         watch.trainer = None  # makes room
     if rank:
@@ -2177,8 +2169,8 @@ def write_results(stem, config, runs, parts):
     arrays = {name: array.numpy() for name, array in arrays.items()}
     text = json.dumps(results, indent=1, allow_nan=False)
     files = {**draw(stem, results, arrays),
-             stem.with_suffix(".npz"): lambda file: np.savez_compressed(file, **arrays),
-             stem.with_suffix(".json"): lambda file: file.write(text.encode())}
+             stem.with_suffix(".npz"): lambda path: np.savez_compressed(path, **arrays),
+             stem.with_suffix(".json"): lambda path: path.write_bytes(text.encode())}
     write_files(files)
     return results, files
 
@@ -2285,7 +2277,7 @@ def all_command(args):
     claims = check_claims(found)
     text = json.dumps({"command": "all", "config": {"flags": args.rest}, "claims": claims,
                        "seconds": time.monotonic() - began}, indent=1)
-    write_files({out / "all.json": lambda file: file.write(text.encode())})
+    write_files({out / "all.json": lambda path: path.write_bytes(text.encode())})
     print(f"\n{claims_table(claims)}\n\nwrote {out / 'all.json'}")
 
 

@@ -1621,14 +1621,14 @@ def test_files_appear_whole_and_together_or_not_at_all(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_text("old")
 
-    def fail(file):
-        file.write(b"half")
+    def fail(path):
+        path.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        revcurse.write_files({one: lambda file: file.write(b"new"), two: fail})
+        revcurse.write_files({one: lambda path: path.write_text("new"), two: fail})
     assert one.read_text() == "old" and list(tmp_path.iterdir()) == [one]
-    revcurse.write_files({one: lambda file: file.write(b"new")})
+    revcurse.write_files({one: lambda path: path.write_text("new")})
     assert one.read_text() == "new"
 
 
