@@ -949,9 +949,9 @@ def conclude_bilinear(results):
             lines.append(f"The reversal NLL moves as dim^{results[name]:.1f}{words}; nearly "
                          "orthogonal vectors predict dim^-1.")
     if tied:
-        left = [np.mean(run["curves"]["reversal_nll"], axis=0) for run in tied]
-        left = ", ".join(f"{nll[-1] / nll[0]:.1%}" for nll in left)
-        lines.append(f"Symmetric: the reversal NLL ends at {left} of its start.")
+        means = [np.mean(run["curves"]["reversal_nll"], axis=0) for run in tied]
+        lines.append(f"Symmetric: the reversal NLL ends at "
+                     f"{', '.join(f'{mean[-1] / mean[0]:.1%}' for mean in means)} of its start.")
     results["verdict"] = "\n".join(lines)
 
 
@@ -1073,15 +1073,13 @@ def draw_curves(results):
     columns = {1: 1, 2: 2, 4: 2}.get(len(runs), 3)
     rows, width = math.ceil(len(panels) / columns), max(7, 3.2 * columns)
     figure = Figure(figsize=(width, 1.5 + 2.7 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(panels):]:
-        axes.remove()
-    for axes, (run, name) in zip(grid.flat, panels, strict=False):
+    for i, (run, name) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, i)
         draw_panel(axes, run, name)
         if "value" in run:
             axes.set_title(f"{results['config']['axis']} {run['value']}", fontsize=10)
     figure.suptitle(describe(results, width), fontsize=10)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center",
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
                   ncols=4 if width > 12 else 2, frameon=False, fontsize=9)
     return figure
 
@@ -1180,29 +1178,28 @@ def draw_closed_form(axes, run, change):
 def draw_bilinear(results, arrays):
     """Section 3: both losses, Theorem 1, the shift against the dimension, and Theta's asymmetry."""
     runs, tied = halves(results["runs"])
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.95, 0, len(runs))[::-1])[::-1]
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.95, 0, len(runs)))
     maps = {f"{name}_{results['runs'].index(run)}": (run, name)  # of the largest dimension
             for run in (runs[-1], *tied[-1:]) for name in ("forward", "reversal")}
     figure = Figure(figsize=(13, 10), layout="constrained")
     panels = figure.subplot_mosaic([["losses", "theorem"],
                                     ["shifts", [[*maps], ["skew"] * len(maps)]]])
+    losses, theorem, shifts, skew = map(panels.get, ("losses", "theorem", "shifts", "skew"))
     for run, colour in [*zip(runs, shades, strict=True), *((run, ORANGE) for run in tied)]:
         curves, same = run["curves"], run["symmetric"]
         forward, reversal = (np.array(curves[f"{name}_nll"]) for name in ("forward", "reversal"))
         label = (f"dim {run['dim']}: $\\varepsilon$ = {run['epsilon']:.2g}" if not same else
                  "symmetric" if run is tied[0] else None)
-        panels["theorem"].plot((forward / forward[:, :1]).T, (reversal / reversal[:, :1]).T,
-                               color=colour, lw=0.8, ls=":" if same else "-",
-                               label=[label] + [None] * (len(forward) - 1))
-        draw_flow(panels["skew"], run, curves["asymmetry"], colour, label if same else None)
+        theorem.plot((forward / forward[:, :1]).T, (reversal / reversal[:, :1]).T, color=colour,
+                     lw=0.8, ls=":" if same else "-", label=[label] + [None] * (len(forward) - 1))
+        draw_flow(skew, run, curves["asymmetry"], colour, label if same else None)
         if not same:
             moved = abs(reversal[:, -1] - reversal[:, 0])
-            panels["shifts"].plot([run["dim"]] * len(moved), moved, ".", color=colour, alpha=0.6)
-            panels["shifts"].plot(run["dim"], run["reversal_shift"], "o", color=colour, ms=9,
-                                  mec="black")
+            shifts.plot([run["dim"]] * len(moved), moved, ".", color=colour, alpha=0.6)
+            shifts.plot(run["dim"], run["reversal_shift"], "o", color=colour, ms=9, mec="black")
         if not same or run is tied[-1]:
-            draw_flow(panels["losses"], run, forward, colour, same and f"forward, {run['value']}")
-            draw_flow(panels["losses"], run, reversal, "black" if same else colour,
+            draw_flow(losses, run, forward, colour, same and f"forward, {run['value']}")
+            draw_flow(losses, run, reversal, "black" if same else colour,
                       same and f"reversal, {run['value']}", ls=":" if same else "-")
     low, high = (f([arrays[name] for name in maps]) for f in (np.min, np.max))
     for key, (run, name) in maps.items():
@@ -1212,7 +1209,7 @@ def draw_bilinear(results, arrays):
         panels[key].set(xticks=[], yticks=[])
     figure.colorbar(image, ax=[panels[key] for key in maps], shrink=0.8,
                     label=f"logit, dim {runs[-1]['dim']}, first seed")
-    label_bilinear(panels, results, runs)
+    label_bilinear(results, runs, losses, theorem, shifts, skew)
     figure.suptitle(f"Bilinear model: {runs[0]['counts']['train']} pairs, m = "
                     f"{math.exp(runs[0]['chance']['vocabulary']):.0f} tokens, "
                     f"{results['config']['seeds']} seeds (band: lowest to highest), gradient "
@@ -1220,9 +1217,8 @@ def draw_bilinear(results, arrays):
     return figure
 
 
-def label_bilinear(panels, results, runs):
+def label_bilinear(results, runs, losses, theorem, shifts, skew):
     """What the lines of draw_bilinear are to be compared with, and words."""
-    losses, theorem, shifts, skew = map(panels.get, ("losses", "theorem", "shifts", "skew"))
     chance, epsilon = runs[0]["chance"]["vocabulary"], max(run["epsilon"] for run in runs)
     draw_closed_form(losses, runs[0], np.positive)
     losses.axhline(chance, color=GREY, ls="--", lw=1, label=f"log m = {chance:.2f}")
@@ -1560,7 +1556,8 @@ FLAGS = {
         ("tie-embeddings", bool, False, None, "output matrix is the token embedding [paper: off]")],
     "theory": [
         ("dims", number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10**4),
-         [16, 32, 64, 128, 256, 512, 1024], None, "embedding dimensions, a training for each"),
+         [16, 32, 64, 128, 256, 512, 1024], None,
+         "embedding dimensions, a training for each [16 32 64 128 256 512 1024]"),
         ("sigma", DECAY, 0.0, None, "Theta starts from N(0, sigma^2) [0]"),
         ("symmetric", bool, False, None, "train also with Theta tied to its transpose"),
         ("full-batch", bool, False, None, "all sentences a step, not one at a time")],
@@ -1672,7 +1669,7 @@ def build_parser():
                 usual = "" if laptop == paper else f"laptop: {small}, "
                 text += f" [{usual}paper: {paper}]"
             elif laptop and "[" not in text:
-                text += f" [{' '.join(map(str, laptop)) if isinstance(laptop, list) else laptop}]"
+                text += f" [{laptop}]"
             groups[title].add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
     return parser
 
@@ -1694,12 +1691,12 @@ def parse(argv, axis=None):
 
 def choose_device(wanted):
     """auto is a CUDA GPU if there is one. Raises Problem if the wanted device is not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True, "auto": True}
-    if not here[wanted]:
+    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(),
+            "cpu", "auto"]
+    if wanted not in here:
         raise Problem(f"--device {wanted}: torch {torch.__version__} finds none here; allowed: "
-                      f"{', '.join(name for name in here if here[name])}")
-    device = ("cuda" if here["cuda"] else "cpu") if wanted == "auto" else wanted
+                      f"{', '.join(here)}")
+    device = wanted if wanted != "auto" else "cuda" if "cuda" in here else "cpu"
     if device == "cuda":  # each process of torchrun on this machine has one of its own
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
