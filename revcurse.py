@@ -19,7 +19,7 @@ cross-entropy raises the weight from A to B and does not raise the weight from B
 
 --preset paper has the paper's sizes, for a GPU. Read the file from top to bottom: data, theory
 (the paper's Sections 3 and 4), model (Section 5), training, measuring and plotting (its figures),
-running (what can go wrong), commands.
+running (what can go wrong), flags, plans (what a command line asks for), results, commands.
 
 Shapes stand at each reshape: S seeds, B sentences, T tokens that the model reads, P tokens that it
 predicts, D dim, H heads, V ids of the vocabulary, K tokens of an entity. NLL is in nats.
@@ -918,15 +918,11 @@ def bilinear_results(run, numbers, times):
         "epsilon_end": epsilon[:, -1].max().item()}
 
 
-def halves(runs):
-    """Runs of a bilinear results file: (those of a plain Theta, those of a symmetric one)."""
-    return tuple([run for run in runs if run["symmetric"] == kind] for kind in (False, True))
-
-
 def conclude_bilinear(results):
     """Add the slope of log shift against log dimension, over all dimensions and over those with
     room for all tokens, None for fewer than two; and all that was seen, in words."""
-    runs, tied = halves(results["runs"])
+    runs = [run for run in results["runs"] if not run["symmetric"]]
+    tied = results["runs"][len(runs):]
     for name, least in [("slope", 0), ("slope_large", results["config"]["vocab"])]:
         points = [(run["dim"], run["reversal_shift"]) for run in runs
                   if run["dim"] >= least and run["reversal_shift"] > 0]
@@ -1177,7 +1173,8 @@ def draw_closed_form(axes, run, change):
 
 def draw_bilinear(results, arrays):
     """Section 3: both losses, Theorem 1, the shift against the dimension, and Theta's asymmetry."""
-    runs, tied = halves(results["runs"])
+    runs = [run for run in results["runs"] if not run["symmetric"]]
+    tied = results["runs"][len(runs):]
     shades = matplotlib.colormaps["viridis"](np.linspace(0.95, 0, len(runs)))
     maps = {f"{name}_{results['runs'].index(run)}": (run, name)  # of the largest dimension
             for run in (runs[-1], *tied[-1:]) for name in ("forward", "reversal")}
@@ -1407,13 +1404,13 @@ class Watch:
     def start(self, run, seeds):
         """Make the trainer of these seeds of a Run. The first goes on from the checkpoint, if any.
         """
-        self.run, self.seeds, saved, self.saved = run, seeds, self.saved, None
+        self.run, saved, self.saved = run, self.saved, None
         self.trainer = None  # there is not always room for the last one and the next
         axis = f"{self.config['axis']} " if "axis" in self.config else ""
         self.label = "" if run.value is None else f"{axis}{run.value}: "
+        self.seeds = [str(run.config["seed"] + seed) for seed in seeds]  # as the flags count them
         if len(seeds) < run.config["seeds"]:
-            numbers = " ".join(str(run.config["seed"] + seed) for seed in seeds)
-            self.label += f"seed {numbers}: "
+            self.label += f"seed {' '.join(self.seeds)}: "
         data, size = run.datasets[0], run.config["parameters"]
         # A weight comes with its gradient and two moments, each of 4 bytes.
         self.size = f"{size:,} parameters and {16 * size / 1e6:,.1f} MB to train them"
@@ -1470,8 +1467,8 @@ class Watch:
         """Read the numbers from the device: stop at NaN, print the progress line."""
         trainer, broken = self.trainer, self.trainer.bad_epoch.tolist()
         if min(broken) < math.inf:
-            seeds = [str(self.config["seed"] + seed)
-                     for seed, epoch in zip(self.seeds, broken, strict=True) if epoch < math.inf]
+            seeds = [seed for seed, epoch in zip(self.seeds, broken, strict=True)
+                     if epoch < math.inf]
             raise Problem(f"{self.label}the loss is not finite since epoch {min(broken):.0f}, seed "
                           f"{', '.join(seeds)}: try a smaller --lr than {self.config['lr']}", 1)
         if self.run.command in THEORY:
@@ -1513,7 +1510,7 @@ class Watch:
         self.next_save = began + CHECKPOINT_SECONDS + 11 * (time.monotonic() - began)
 
 
-# --------------------------------------------------------------------------------------- Commands
+# ------------------------------------------------------------------------------------------ Flags
 
 
 def number(kind, allowed, rule):
@@ -1687,6 +1684,9 @@ def parse(argv, axis=None):
             paper_size = getattr(args, "preset", "laptop") == "paper" and paper is not None
             setattr(args, name, paper if paper_size else laptop)
     return args
+
+
+# ------------------------------------------------------------------------------------------ Plans
 
 
 def choose_device(wanted):
@@ -1874,6 +1874,9 @@ def plan(args):
     return f"ablate-{'chain-' if task == 'chain' else ''}{args.axis}", config, runs
 
 
+# ---------------------------------------------------------------------------------------- Results
+
+
 def make_trainer(run, seeds):
     """The trainer of these seeds that the flags describe."""
     config, options = run.config, {"record": THEORY[run.command].record, "points": spaced(
@@ -2028,6 +2031,9 @@ def report(results, parts):
         cells = ["{mean:.3f} ({std:.3f})".format(**summary[f"{part}_{name}"]) for name in titles]
         print(f"{part:12}" + "".join(f"{cell:^20}" for cell in cells))
     return print(f"\n{verdict(results)}\n")
+
+
+# --------------------------------------------------------------------------------------- Commands
 
 
 def processes():
