@@ -1334,8 +1334,7 @@ def flag(config, name):
 
 
 def write_files(writers):
-    """Write {path: function of a path that writes there}. All are written before the first appears,
-    whole."""
+    """Write {path: function that writes to a path}: all, before the first appears, whole."""
     temporary = {path: path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
                  for path in writers}
     try:
@@ -1402,8 +1401,7 @@ class Watch:
         self.interrupted, self.in_place = False, sys.stdout.isatty()
 
     def start(self, run, seeds):
-        """Make the trainer of these seeds of a Run. The first goes on from the checkpoint, if any.
-        """
+        """Make the trainer of these seeds of a Run; the first goes on from the checkpoint."""
         self.run, saved, self.saved = run, self.saved, None
         self.trainer = None  # there is not always room for the last one and the next
         axis = f"{self.config['axis']} " if "axis" in self.config else ""
@@ -2203,8 +2201,7 @@ def plot_command(args):
         print("wrote", ", ".join(map(str, pictures)))
 
 
-EVERYTHING = ["reversal --animate --cosine", "chain --animate",
-              "chain --related-tokens", "icl",
+EVERYTHING = ["reversal --animate --cosine", "chain --animate", "chain --related-tokens", "icl",
               *(f"ablate {axis} --task {task}" for task in ("reversal", "chain") for axis in AXES
                 if task == "chain" or axis != "related-tokens")]
 # A claim in words, and the range that it allows to numbers of the summary.
