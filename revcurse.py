@@ -1461,7 +1461,7 @@ class Watch:
             raise Problem(f"interrupted; what is done is in {self.path}: go on with the same "
                           "command and --resume", 130)
 
-    def look(self, part=False):
+    def look(self, part=False, over=False):
         """Read the numbers from the device: stop at NaN, print the progress line."""
         trainer, broken = self.trainer, self.trainer.bad_epoch.tolist()
         if min(broken) < math.inf:
@@ -1487,12 +1487,13 @@ class Watch:
         if self.in_place:  # at full width, to wipe out what stood there
             width = shutil.get_terminal_size().columns - 1
             line = f"\r{line[:width]:<{width}}"
-        print(line, end="" if self.in_place else "\n", flush=True)
+        print(line, end="" if self.in_place and not over else "\n", flush=True)
 
     def save(self, over=False):
         """Write the checkpoint; a large one less often, to take less than a tenth of the time. Of a
         run that is over the results suffice."""
-        self.look()  # NaN is not worth keeping
+        if not over:
+            self.look()  # NaN is not worth keeping
         began = time.monotonic()
         content = {"name": self.path.stem, "config": self.config, "jobs": self.jobs,
                    "done": self.done, "seconds": self.seconds(),
@@ -2134,7 +2135,7 @@ def carry_out(name, config, runs):
         for job in watch.jobs[len(watch.done):]:
             watch.start(runs[job[0]], job[1])
             watch.trainer.run(watch)
-            watch.look()
+            watch.look(over=True)
             watch.done.append(collect(job, runs[job[0]], watch.trainer, watch.seconds()))
             if len(watch.done) < len(watch.jobs) or world > 1:
                 watch.save(over=True)
