@@ -1229,13 +1229,13 @@ def label_bilinear(results, runs, losses, theorem, shifts, skew):
                 xlabel=r"$L(t)\,/\,L(0)$, forward: training goes to the right",
                 ylabel=r"$L_{rev}(t)\,/\,L_{rev}(0)$, reversal",
                 title=r"Theorem 1: how little $\varepsilon$ suffices (dashed: the largest)")
-    dims, moved = (np.array([run[key] for run in runs], dtype=float)
+    dims, moved = (np.array([run[key] for run in runs if run["reversal_shift"]], dtype=float)
                    for key in ("dim", "reversal_shift"))
     large = results["config"]["vocab"]
     for slope, least, style, text in [
             (results["slope"], 0, "-", "measured, all"), (-1, 0, ":", "slope -1, as predicted"),
             (results["slope_large"], large, "-", f"measured, dim {large} or more")]:
-        if slope is not None:  # through the middle of its points, the predicted through the last
+        if slope is not None and len(dims):  # through the middle of its points, or the last
             d, shift = dims[dims >= least], moved[dims >= least]
             level = np.log(shift * d**-slope)[-1 if slope == -1 else slice(None)].mean()
             shifts.plot(d, np.exp(level) * d**slope, "k" + style, alpha=0.4 if least == 0 else 1,
@@ -2055,8 +2055,11 @@ def fit(run):
     if config["device"] == "cpu":
         return config["seeds"] if need < 100e6 else 1
     free, _ = torch.cuda.mem_get_info()
-    print(f"{free / 1e9:.1f} GB are free, a seed needs about {need / 1e9:.2f} GB")
-    return max(1, int(0.9 * free / need))
+    count = max(1, int(0.9 * free / need))
+    if count < config["seeds"]:
+        print(f"{free / 1e9:.1f} GB are free, a seed needs about {need / 1e9:.2f} GB: no more than "
+              f"{count} at once")
+    return count
 
 
 def share(runs):
@@ -2065,8 +2068,10 @@ def share(runs):
     for i, run in enumerate(runs):
         S = run.config["seeds"]
         mine = [seed for seed in range(S) if (i * S + seed) % world == rank]
-        parts = np.array_split(mine, math.ceil(len(mine) / fit(run)) or 1)  # as equal as can be
-        jobs += [(i, part.tolist()) for part in parts if part.size]
+        if not mine:
+            continue
+        parts = np.array_split(mine, math.ceil(len(mine) / fit(run)))  # as equal as can be
+        jobs += [(i, part.tolist()) for part in parts]
     return jobs
 
 
@@ -2127,6 +2132,8 @@ def carry_out(name, config, runs):
         raise Problem(f"--out {stem.parent}: not a directory that can be written to "
                       f"({error.strerror})") from None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU here"
+    if config["device"] == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     print(f"device: {config['device']} ({gpu}){f', {world} processes' * (world > 1)}")
     print(textwrap.fill(", ".join(flag(config, name)[2:] for name in config),
                         shutil.get_terminal_size((100, 24)).columns, break_on_hyphens=False))
@@ -2331,7 +2338,9 @@ def main(argv=None):
             message, status = f"a file could not be written: {error}", 1
         except KeyboardInterrupt:
             message, status = "interrupted", 130
-    if rank == 0 or status == 1:
+    if rank and status == 2:  # if the first process says the same, torchrun ends this one now
+        time.sleep(1)
+    if rank == 0 or status in (1, 2):
         who = f" (process {rank} of {world})" if world > 1 else ""
         print(f"revcurse.py {args.command}: error{who}: {message}", file=sys.stderr)
     return status
