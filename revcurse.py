@@ -1048,7 +1048,8 @@ def describe(results, inches):
         if len(values) == 1:
             *_, paper, _ = flags[name]
             usual = "" if paper in (None, *values) else f" (paper: {paper})"
-            words.append(text.format(*values) + usual)
+            words.append((text.format(1).rstrip("s") if values == {1} else text.format(*values))
+                         + usual)
     what = f"{TASKS[runs[0]['command']].title} task"
     if config.get("related_tokens"):
         what += " with related tokens"
@@ -1878,9 +1879,12 @@ def plan(args):
 
 def make_trainer(run, seeds):
     """The trainer of these seeds that the flags describe."""
-    config, options = run.config, {"record": THEORY[run.command].record, "points": spaced(
-        run.config["epochs"], log=True)} if run.command in THEORY else {
-            "loss": run.config["loss"], "bf16": run.config["precision"] == "bf16"}
+    config = run.config
+    if run.command in THEORY:
+        options = {"record": THEORY[run.command].record,
+                   "points": spaced(config["epochs"], log=True)}
+    else:
+        options = {"loss": config["loss"], "bf16": config["precision"] == "bf16"}
     torch.set_float32_matmul_precision("high" if config.get("precision") == "high" else "highest")
     if config.get("animate"):
         options |= {"record": functools.partial(logit_matrices, seeds=1),
