@@ -41,14 +41,17 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.figure import Figure
 from torch import distributed, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
+
+if __name__ == "__main__":
+    os.environ.pop("MPLBACKEND", None)  # it may name one that is not installed; we need none
+import matplotlib  # noqa: E402
+from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 # --------------------------------------------------------------------------------------- Settings
 # A command is a class; its fields are its flags. In a notebook: results = run(Reversal(seeds=2)).
@@ -189,8 +192,9 @@ class Reversal(Facts):
     unseen, least_epochs = "unseen reversals", 80
 
     def __post_init__(self):
-        if self.facts:  # read only once, for it may be a pipe
-            self.facts = read_facts(self.facts) if isinstance(self.facts, str) else self.facts
+        if isinstance(self.facts, str):  # read only once, for it may be a pipe
+            self.facts = read_facts(self.facts)
+        if self.facts:
             self.vocab = self.vocab or 4 * len(self.facts)
         super().__post_init__()
 
@@ -287,7 +291,7 @@ def draw_facts(vocab, K, complete, held_out, alphabets, rng):
     facts = min(letters**K, most)
     complete = round(share * facts) if complete is None else complete
     held_out = facts - round(share * facts) if held_out is None else held_out
-    count, spelled = complete + held_out, range(letters**K)
+    count, spelled = complete + held_out, range(min(letters**K, sys.maxsize))
     if held_out < 1 or count > len(spelled):
         raise ValueError(f"vocab {vocab}: a quarter of it spells {len(spelled)} entities of {K} "
                          f"tokens, too few for {complete} complete and {held_out} held-out facts")
@@ -513,8 +517,7 @@ class GPT(nn.Module):
         rotary = position == "relative"
         unit = 2 * heads if rotary else heads  # rotary positions turn pairs of entries
         if dim % unit:
-            raise ValueError(f"dim {dim}: must be a multiple of {unit}, for {heads} heads and "
-                             f"{position} positions")
+            raise ValueError(f"dim {dim}: must be a multiple of {unit} for {position} positions")
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(vocab_size, dim), "drop": nn.Dropout(dropout),
             "h": nn.ModuleList(Block(dim, heads, rotary, dropout) for _ in range(layers)),
@@ -611,13 +614,12 @@ def train(s, models, datasets, seeds, record=None):
 
 
 def evaluate(model, sentences, data):
-    """Of each token of the answers, as numbers: NLL, whether it is right, and its rank, the place
-    of its logit in its own alphabet, 1 the highest. Sentences (B, T + 1) to (B, 3, K)."""
+    """NLL, right or not, and rank in its alphabet, of each token of the answers: (B, 3, K)."""
     K = data.answer_length
     logits, targets = model(sentences[:, :-1], K), sentences[:, -K:, None]  # (B, K, V), (B, K, 1)
     wrong = -logits.log_softmax(-1).gather(-1, targets).clamp(min=-NLL_CEILING)
-    begin = targets - (targets - data.first) % data.letters  # where its alphabet begins
-    own = logits.gather(-1, begin + torch.arange(data.letters, device=logits.device))
+    begin = targets - (targets - data.first) % data.letters  # of its alphabet, if it is in one
+    own = logits.gather(-1, begin.clamp(0) + torch.arange(data.letters, device=logits.device))
     rank = 1 + (own > logits.gather(-1, targets)).sum(-1, keepdim=True)
     right = logits.argmax(-1, keepdim=True) == targets
     return torch.cat([wrong, right, rank], -1).mT
@@ -778,8 +780,7 @@ def verdict(results):
             f"(NLL {mean['train_nll']:.3f}), and {asked:.1%} of the {results['unseen']} (NLL "
             f"{mean['validation_nll']:.2f}; a guess within the alphabet has {guess:.2f}).")
     if "two_step_accuracy" in mean:
-        text += (f' Asked "A ~>" at once, {asked:.1%} of the held-out triples are answered right; '
-                 f'in two steps, "A ->" and then "B ->", {mean["two_step_accuracy"]:.1%}.')
+        text += f' In two steps, "A ->" and then "B ->", {mean["two_step_accuracy"]:.1%} are right.'
     if mean.get("asked_cosine", 0) > 0.9999:
         text += (" The entities asked about were said and never read: their input vectors still "
                  f"point where they did at the start (cosine {mean['asked_cosine']:.7f}).")
@@ -816,6 +817,8 @@ class Ablate(Chain, Reversal):
         self.name = f"ablate-{'chain-' * (self.task == 'chain')}{self.axis}"
         own = self.small | self.own.get(self.axis, {}) if self.preset == "laptop" else {}
         own |= {name: getattr(self, name) for name in names}  # facts as they were read
+        if self.facts:
+            own["vocab"] = self.vocab
         for value in map(str, self.values or self.axes.get(self.axis, "").split()):
             sets = self.vary(value)
             fixed, known = {*sets, "animate"}, {*kind.__dataclass_fields__}
@@ -950,15 +953,16 @@ class CureTrials(Experiment):
     """What breaks the curse, and what does not (ours)."""
     lr: float = flag(0.003, "learning rate of AdamW; each cure is also tried at the paper's 0.01")
     weight_decay: float = flag(1.0, "of AdamW; also tried: 0.01")
-    values: str = flag(None, "which cures [all]", nargs="+", choices=CURES)
+    values: str = flag(None, "which cures, by their names [all]", nargs="+")
     command, task, kept, expected, add = "cure", "reversal", "held-out, asked", "", None
     unseen, least_epochs, measurements = "unseen reversals", 80, 20
 
     @property
     def trainings(self):
-        self.check()
         found, paper = {}, {"setting": "paper", "lr": 0.01, "weight_decay": 0.01}
         for name in self.values or CURES:
+            if name not in CURES:
+                raise Problem(f"--values {name}: must be one of {', '.join(CURES)}")
             about, changes = CURES[name]
             found[name] = self.altered(cure=name, about=about, **changes)
             if found[name].setting == "common":
@@ -1015,8 +1019,7 @@ SHOWN = 40  # pairs in a heat map; of more, the diagonal is thinner than the eye
 STYLE = {"axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "figure.titlesize": 10, "figure.constrained_layout.use": True, "legend.fontsize": 8,
          "legend.frameon": False}
-# Curves of a run: their labels, colours and line styles.
-CURVES = {
+CURVES = {  # of a run: label, colour, line style
     "train_nll": ("trained", "tab:blue", "-"),
     "validation_nll": ("unseen", "tab:orange", "-"),
     "forward_nll": ("trained", "tab:blue", "-"),
@@ -1248,8 +1251,7 @@ class Keeper:
         except Exception:  # whatever a damaged file leads to
             settings = None
         if settings != self.settings:
-            raise Problem(f"{self.path} is of an unfinished run with other flags, or damaged: "
-                          "delete it, or give another --out")
+            raise Problem(f"{self.path} is of other flags, or damaged: delete it, or change --out")
         for name, tensor in self.weights.items():
             tensor.data.copy_(weights[name])
         self.optimizer.load_state_dict(moments)
@@ -1287,7 +1289,7 @@ def write(path, how):
 
 def run(s):
     """Carry out a command, such as Reversal(seeds=2): its results, which draw(results) shows."""
-    # A notebook writes no files. The command line sets s.keep, the path of the checkpoints.
+    # A notebook writes no file. The command line sets s.keep, the path of the checkpoints.
     for plan in s.plans or [s]:
         for training in plan.trainings.values():
             prepare(training)
@@ -1307,6 +1309,8 @@ def run(s):
             write(Path(f"{stem}.npz"), partial(np.savez_compressed, **matrices))
         write(Path(f"{stem}.json"), lambda path: path.write_text(json.dumps(numbers, indent=1)))
         say(f"wrote {stem}.json, and draws it")
+        for path in Path(s.out).glob(f".{s.name}.*.pt"):
+            path.unlink()
         try:
             draw(results).save(stem)
         except Exception as error:  # LaTeX, a folder in the way, a full disk
@@ -1322,11 +1326,11 @@ def plot(files):
         try:
             results = json.loads(Path(file).read_text()) | {"matrices": {}}
             if Path(f"{stem}.npz").exists():
-                with np.load(f"{stem}.npz") as arrays:
-                    results["matrices"] = dict(arrays)
+                with open(f"{stem}.npz", "rb") as file:
+                    results["matrices"] = dict(np.load(file))
             draw(results).save(stem)
         except Exception as error:  # a strange file can go wrong in every way
-            raise Problem(f"{file}: not a results file, or damaged ({error!r})") from None
+            raise Problem(f"{stem}.json: not a results file, or damaged ({error!r})") from None
         say(f"drew {stem}")
 
 
@@ -1376,10 +1380,6 @@ def main(argv=None):
         elif "RANK" in os.environ or "WORLD_SIZE" in os.environ:
             raise Problem("RANK or WORLD_SIZE is set, but not by torchrun: unset it")
         run(s.altered(keep=f"{s.out}/.{s.name}"))
-        if distributed.is_initialized():
-            distributed.barrier()
-        for path in Path(s.out).glob(f".{s.name}.*.pt"):
-            path.unlink(missing_ok=True)
         return 0
     except Problem as problem:
         message, status = problem, 2
