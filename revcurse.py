@@ -79,7 +79,7 @@ class Settings:
     # Where a command has nothing else to say:
     unseen, preset, loss, entity_length, facts = "unseen sentences", "laptop", "entity", 1, ()
     related_tokens = animate = cosine = keep = False
-    expected, setting, measurements, causal, plans = "The curse", "common", 80, True, ()
+    expected, setting, measurements, causal, plans = "The curse", "common", 40, True, ()
     about = kept = ""  # kept: the matrices that a sweep keeps, if not all
 
     def given(self):
@@ -120,7 +120,7 @@ class Settings:
     def points(self):
         """The epochs after which to measure, ever further apart."""
         share = np.linspace(0, 1, self.measurements) ** 2
-        return np.unique((self.epochs * share).round().astype(int)).tolist()
+        return np.unique(np.rint(self.epochs * share).astype(int)).tolist()
 
     def make_optimizer(self, weights):
         # Gradient descent. The loss is a mean over the batch, --lr is for each sentence.
@@ -302,7 +302,7 @@ def draw_facts(vocab, K, complete, held_out, alphabets, rng):
         numbers = range(count) if K == 1 else rng.sample(spelled, count)
         entities.append([tuple(first + i // letters**k % letters for k in range(K))
                          for i in numbers])
-    return complete, list(zip(*entities))
+    return complete, zip(*entities)
 
 
 def token_names(relations, vocab, **alphabets):
@@ -657,7 +657,7 @@ def prepare(s):
         with torch.device("meta"):
             model = s.make_model(data)
         s.batch_size = min(s.batch_size, data.trained)
-        s.make_optimizer(list(model.parameters()))
+        s.make_optimizer(model.parameters())
     except ValueError as error:  # of a piece or of PyTorch, about a parameter
         raise Problem(error) from None
     steps = math.ceil(data.trained / s.batch_size)  # of an epoch
@@ -1003,7 +1003,7 @@ def everything(s):
         for one in results.get("runs", [results]):
             claims.append({"figure": plan.name, "claim": f"{one['value']}: {one['expected']}",
                            "measured": one["verdict"],
-                           "holds": one["verdict"].startswith(one["expected"])})
+                           "holds": one["expected"] and one["verdict"].startswith(one["expected"])})
             say("| {figure} | {claim} | {measured} | {holds} |".format(**claims[-1]))
     return {"command": "all", "claims": claims, "matrices": {}}
 
@@ -1017,8 +1017,8 @@ KINDS = {kind.command: kind for kind in COMMANDS}
 # From the results alone: a saved file is drawn just as a run is.
 SHOWN = 40  # pairs in a heat map; of more, the diagonal is thinner than the eye can see
 STYLE = {"axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "figure.titlesize": 10, "figure.constrained_layout.use": True, "legend.fontsize": 8,
-         "legend.frameon": False}
+         "axes.xmargin": 0, "figure.titlesize": 10, "figure.constrained_layout.use": True,
+         "legend.fontsize": 8, "legend.frameon": False}
 CURVES = {  # of a run: label, colour, line style
     "train_nll": ("trained", "tab:blue", "-"),
     "validation_nll": ("unseen", "tab:orange", "-"),
@@ -1037,7 +1037,6 @@ def draw_panel(axes, run):
         axes.plot(points, np.mean(seeds, 0), label=label, color=color, ls=dashes)
     for kind, dashes in ("vocabulary", "--"), ("alphabet", "-."):
         axes.axhline(run["chance"][kind], color="gray", ls=dashes, label=f"a guess in the {kind}")
-    axes.margins(x=0)
     axes.set(xlabel=x, ylabel="NLL of the answer (nats)", title=run["title"], ylim=(0, None),
              xscale="log" if x == "time" else "linear")
 
@@ -1045,7 +1044,7 @@ def draw_panel(axes, run):
 def draw_matrices(maps, label, figure=None, rows=1, **style):
     """Heat maps {title: matrix}, on one scale of colours: (figure, images)."""
     figure, images = figure or Figure(figsize=(2 + 3 * len(maps), 4)), []
-    style = {"cmap": "magma", "vmin": 0, "vmax": max(map(np.max, maps.values()))} | style
+    style = {"cmap": "magma", "vmin": 0, "vmax": max(1, *map(np.max, maps.values()))} | style
     for i, (title, matrix) in enumerate(maps.items(), 1):
         axes = figure.add_subplot(rows, len(maps) // rows, i, title=title)
         images.append(axes.imshow(matrix.astype(float), **style))
@@ -1075,19 +1074,20 @@ def draw_maps(results):
 
 def draw_cures(runs, matrices):
     """What a cure does to the unseen reversals: accuracy, and the diagonal of the first seed."""
-    figure = Figure(figsize=(12, 8))
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 1))
+    figure = Figure(figsize=(13, 8))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2.5, 1))
     axes, maps, groups = top.subplots(), {}, []
     for run in runs:
         name, told = run["config"]["cure"], run["config"]["about"].split(":")[0]
-        seeds = run["summary"]["validation_accuracy"]["per_seed"]
+        seeds, setting = run["summary"]["validation_accuracy"]["per_seed"], run["setting"]
         groups += [told] * (told not in groups)
-        if run["setting"] == "paper":
+        if setting == "paper":
             axes.plot(np.mean(seeds), f"{name} ({told})", "kD", mfc="none")
             continue
         axes.barh(f"{name} ({told})", np.mean(seeds), color=f"C{groups.index(told)}")
         axes.plot(seeds, [f"{name} ({told})"] * len(seeds), "ko", alpha=0.3)
-        maps[name] = matrices[f"{run['value']}: held-out, asked"][:SHOWN, :SHOWN]
+        if setting == "common":
+            maps[name] = matrices[f"{run['value']}: held-out, asked"][:SHOWN, :SHOWN]
     axes.set(xlim=(-0.01, 1.01), xlabel="accuracy on unseen reversals: mean (bar), each seed (dot),"
              " mean at the paper's learning rate and weight decay (diamond)")
     axes.invert_yaxis()
@@ -1143,23 +1143,24 @@ def draw(results):
     runs, matrices = results.get("runs", [results]), results["matrices"]
     if results["command"] == "cure":
         return Figures({".png": draw_cures(runs, matrices)})
+    figures = Figures()
+    if results.get("weights"):
+        if results["config"]["animate"]:
+            figures[".gif"] = draw_animation(results)
+        figures["_weights.png"] = draw_maps(results)[0]
     columns = math.ceil(len(runs) ** 0.5)
     rows = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(3 + 3 * columns, 1.5 + 2.7 * rows))
     for i, run in enumerate(runs, 1):  # Figures 1, 3, 5 to 10
         draw_panel(figure.add_subplot(rows, columns, i), run)
     figure.legend(handles=figure.axes[0].lines, loc="outside lower center", ncols=2)
-    figures = Figures({".png": figure})
+    figures[".png"] = figure
     if "epsilon" in runs[0]:
         figures["_weights.png"] = draw_matrices(dict([*matrices.items()][-4:]), "logit")[0]
     cosines = {name: matrix for name, matrix in matrices.items() if "cosine" in name}
     if cosines:  # Figure 11
         figures["_cosine.png"] = draw_matrices(cosines, "cosine of two token embeddings", vmin=-1,
                                                vmax=1, cmap="RdBu_r")[0]
-    if results.get("weights"):
-        figures["_weights.png"] = draw_maps(results)[0]
-        if results["config"]["animate"]:
-            figures[".gif"] = draw_animation(results)
     return figures
 
 
@@ -1331,7 +1332,6 @@ def plot(files):
             draw(results).save(stem)
         except Exception as error:  # a strange file can go wrong in every way
             raise Problem(f"{stem}.json: not a results file, or damaged ({error!r})") from None
-        say(f"drew {stem}")
 
 
 class Parser(argparse.ArgumentParser):
