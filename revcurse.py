@@ -72,7 +72,7 @@ class Settings:
     seeds: int = flag(10, "how many seeds; each has its own data, weights and order")
     seed: int = flag(0, "the first seed, from which the others count up", least=0)
     seeds_at_once: int = flag(None, "how many train side by side, to save memory [all]")
-    device: str = flag("auto", "auto: a GPU if any", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "auto: cuda if any, else cpu", choices=("auto", "cpu", "cuda"))
     out: str = flag("figures", "folder of the results")
     quiet: bool = flag(False, "print no progress")
 
@@ -80,7 +80,7 @@ class Settings:
     unseen, preset, loss, entity_length, facts = "unseen sentences", "laptop", "entity", 1, ()
     related_tokens = animate = cosine = keep = False
     expected, setting, measurements, causal, plans = "The curse", "common", 40, True, ()
-    about = kept = ""  # kept: the matrices that a sweep keeps, if not all
+    about = only = ""  # only: the matrices that a sweep keeps, if not all
 
     def given(self):
         """What is set, {name: value}; without the methods that a cure changes."""
@@ -104,7 +104,7 @@ class Settings:
                 words = f"--{f.name.replace('_', '-')} {value}: must be"
                 if choices and value not in (None, *choices):
                     raise Problem(f"{words} one of {', '.join(choices)}")
-                if type(value) in (int, float) and not least <= value < 10**9:
+                if type(value) in (int, float) and not least <= value < math.inf:
                     raise Problem(f"{words} {least} or more, and finite")
 
     def altered(self, **sets):
@@ -158,9 +158,7 @@ class Experiment(Settings):
     batch_size: int = flag(64, "sentences a step")
     lr: float = flag(0.01, "learning rate of AdamW")
     betas: float = flag((0.9, 0.999), "decay rates of its moments", nargs=2)
-    weight_decay: float = flag(0.01, "of AdamW; the authors' 0.9 never reaches theirs")
-    loss: str = flag("entity", "on the last entity, or on all", choices=("entity", "sequence"))
-    cosine: bool = flag(False, "also draw the cosines of the token embeddings")
+    weight_decay: float = flag(0.01, "of AdamW; the authors' flag of 0.9 never reaches it")
 
     def make_model(self, data):
         model = GPT(len(data.names), data.sentences.shape[1] - 1, self.layers, self.heads,
@@ -174,11 +172,18 @@ class Experiment(Settings):
 
     def make_optimizer(self, weights):
         return torch.optim.AdamW(weights, self.lr, self.betas, weight_decay=self.weight_decay,
-                                 fused=self.device != "mps")
+                                 fused=True)
 
 
 @dataclass
-class Facts(Experiment):
+class Task(Experiment):
+    """What reversal, chain and icl have in common."""
+    loss: str = flag("entity", "on the last entity, or on all", choices=("entity", "sequence"))
+    cosine: bool = flag(False, "also draw the cosines of the token embeddings")
+
+
+@dataclass
+class Facts(Task):
     """What reversal and chain have in common."""
     entity_length: int = flag(1, "tokens of an entity; also 2, 3")
     animate: bool = flag(False, "also draw the heat maps over the training, as a GIF")
@@ -209,7 +214,7 @@ class Chain(Facts):
 
 
 @dataclass
-class ICL(Experiment):
+class ICL(Task):
     """In-context reversal, where the curse does not appear."""
     vocab: int = flag(400, "entity tokens, a quarter of them for A")
     complete: int = flag(7, "B's that each A is trained with")
@@ -234,7 +239,7 @@ class BilinearTheory(Settings):
         return {f"dim {dim}{', symmetric' * tied}": self.altered(
                     dim=dim, symmetric=tied, held_out=self.vocab // 4,
                     expected="No curse" if tied else "The curse")
-                for tied in sorted({False, self.symmetric}) for dim in self.dims}
+                for dim in self.dims for tied in sorted({False, self.symmetric})}
 
     def make_model(self, data):
         return Bilinear(self.dim, len(data.names), self.symmetric)
@@ -253,9 +258,9 @@ class OneLayerTheory(Settings):
 
     @property
     def trainings(self):
-        held_out = self.complete + self.held_out  # triples, of which no A ~> C is trained
         return {"reversal": self.altered(task="reversal"),
-                "chain": self.altered(task="chain", complete=0, held_out=held_out)}
+                "chain": self.altered(task="chain", complete=0,  # no A ~> C is trained
+                                      held_out=self.complete + self.held_out)}
 
     def make_model(self, data):
         return OneLayer(len(data.names))
@@ -313,11 +318,10 @@ def token_names(relations, vocab, **alphabets):
 
 def reversal_data(vocab=800, entity_length=1, complete=None, held_out=None, facts=(), seed=0):
     """The reversal task (Section 5): a Dataset of sentences "A -> B" and "B <- A".
-
     vocab counts entity tokens, a quarter for A and a quarter for B; a model needs two ids more.
     facts: vocab // 4 pairs of names. Raises ValueError if the tokens cannot spell the pairs."""
-    # Both directions of a complete pair are trained; of a held-out pair one, chosen by a coin. Who
-    # learned from the complete pairs how the arrows belong together would know the other.
+    # Both directions of a complete pair are trained; of a held-out pair one, chosen by a coin. From
+    # the complete pairs a model could learn that the arrows are inverses, and infer the other one.
     if facts and (entity_length > 1 or vocab != 4 * len(facts)):
         raise ValueError(f"vocab {vocab}: {len(facts)} facts need {4 * len(facts)}, of one token")
     rng, n, groups = random.Random(seed), vocab // 4, defaultdict(list)
@@ -386,9 +390,7 @@ def icl_data(vocab=400, complete=7, held_out=3, seed=0):
 
 class Bilinear(nn.Module):
     """The bilinear model (Section 3): token ids (..., T), x the first, to logits (..., 1, V) of y.
-
         l(y|x) = x^T Theta y,   p(y|x) = exp l(y|x) / sum_j exp l(v_j|x)
-
     x, y, v_j are drawn from N(0, I / dim) and, as in the theorems, not trained. Theta is trained
     from 0; with symmetric, (Theta + Theta^T) / 2 stands in its place."""
 
@@ -398,7 +400,7 @@ class Bilinear(nn.Module):
         embeddings = torch.randn(vocab_size, dim, dtype=torch.float64) / math.sqrt(dim)
         if dim > vocab_size:
             # With E^T = Q R, the rows of R^T are the same vectors in fewer coordinates.
-            embeddings = torch.linalg.qr(embeddings.mT).R.mT.contiguous()
+            embeddings = torch.linalg.qr(embeddings.mT).R.mT
         self.embeddings = nn.Parameter(embeddings, train_embeddings)  # (V, D)
         self.Theta = nn.Parameter(torch.zeros_like(embeddings.mT @ embeddings))  # (D, D)
 
@@ -417,7 +419,6 @@ class Bilinear(nn.Module):
 class OneLayer(nn.Module):
     """The one-layer transformer (Section 4, after Tian et al. 2023): token ids (..., T), the last,
     x_T, is the query and the others are the context, to logits (..., 1, V) of the next token.
-
         b = softmax over the context of Z[x_T, x_t],   f = X^T b / |X^T b|,   logits = Y^T f
 
     X has the one-hot vectors of the context. Y and Z (V, V), 0 at the start, stand for products of
@@ -439,7 +440,6 @@ class OneLayer(nn.Module):
 def closed_form(times, M, N):
     """NLL of N trained sentences after each of `times` of gradient flow on their mean loss, in both
     models, for M orthonormal embeddings. u is the target's logit above any other:
-
         N/M (exp(u) + (M - 1) u - 1) = t,   NLL = log(1 + (M - 1) exp(-u))"""
     # t(u) rises, so u(t) is read off a fine table. Untrained contexts stay at log M.
     u = np.linspace(0, math.log1p(M / N * max(times)), 100_001)
@@ -473,7 +473,7 @@ class Attention(nn.Module):
         # much t listens to s. Among the s up to t, softmax turns the scores into shares.
         scores = q[:, :, T - last:] @ k.mT / math.sqrt(D // self.heads)
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(T - last + 1)  # (last, T)
-        # The attention pattern, (B, H, last, T). To see it, print it here.
+        # The attention pattern, (B, H, last, T). To see it, print it below, with --seeds 1.
         shares = scores.masked_fill(future & self.causal, -math.inf).softmax(-1)
         heard = self.dropout(shares) @ v  # (B, H, last, D/H): sum over s of share times v_s
         return self.dropout(self.c_proj(heard.transpose(1, 2).reshape(B, last, D)))
@@ -626,7 +626,7 @@ def evaluate(model, sentences, data):
 
 
 def heat_maps(model, data, most=None):
-    """Figures 2 and 4: {role: (n, n)}, logits of the end of sentence j after the entity of i."""
+    """Figures 2 and 4: {role: (n, n)}, logits of the answer of j after the entity of i alone."""
     K, maps = data.answer_length, {}
     for role, rows in data.groups.items():
         rows = rows[:most]
@@ -658,7 +658,7 @@ def prepare(s):
             model = s.make_model(data)
         s.batch_size = min(s.batch_size, data.trained)
         s.make_optimizer(model.parameters())
-    except ValueError as error:  # of a piece or of PyTorch, about a parameter
+    except ValueError as error:  # raised by the data, the model or the optimizer
         raise Problem(error) from None
     steps = math.ceil(data.trained / s.batch_size)  # of an epoch
     s.epochs = s.epochs or max(s.least_epochs, math.ceil(480 / steps))
@@ -718,7 +718,7 @@ def measure(s, seed, model, data, seen, frames):
     if s.command == "chain":
         found["direct_accuracy"] = found["validation_accuracy"]
         found["two_step_accuracy"] = chain_of_thought(model, data.sentences[N:], data)
-    if isinstance(s, Experiment):
+    if isinstance(s, Experiment) and not s.freeze_embeddings:
         torch.manual_seed(seed)
         start = next(s.make_model(data).to(s.device).parameters())  # the input vectors
         cosines = F.cosine_similarity(start, next(model.parameters()))
@@ -789,14 +789,14 @@ def verdict(results):
 
 @dataclass
 class Ablate(Chain, Reversal):
-    """Figures 5 to 12: a training for each value of a setting, the axis."""
+    """Figures 5 to 12: a training for each value of an axis; laptop: 3 seeds, V 400, lr 0.003."""
     axis: str = flag(None, "vocab, entity-length, layers, heads, position, embeddings, size, "
                      "related-tokens, or any flag of the task")
     task: str = flag(None, "what to train [chain for related-tokens, else reversal]",
                      choices=("reversal", "chain"))
     values: str = flag(None, "what to try; the axes above have values of their own", nargs="+")
     command, trainings = "ablate", {}
-    kept = "cosine"  # of heat maps there would be too many
+    only = "cosine"  # of heat maps there would be too many
     axes = {"vocab": "20 50 200 2000", "entity-length": "2 3", "layers": "1 2 4 8",
             "heads": "1 2 4 8", "position": "none absolute relative",
             "embeddings": "learned frozen tied", "size": "1x20 1x256 12x20",
@@ -844,9 +844,9 @@ def sweep(s):
     for value, settings in s.trainings.items():
         runs.append(experiment(settings.altered(label=value, keep=s.keep)))
         for name, matrix in runs[-1].pop("matrices").items():
-            if s.kept in name:
+            if s.only in name:
                 matrices[f"{value}: {name}"] = matrix
-    return {"command": s.command, "config": runs[0]["config"], "runs": runs, "matrices": matrices}
+    return {"command": s.command, "runs": runs, "matrices": matrices}
 
 
 def theory(s):
@@ -860,19 +860,22 @@ def theory(s):
         expected = closed_form(times, round(math.exp(start)), N)
         # Theorem 1, L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon, holds from this epsilon on.
         needed = np.log(L_rev[:, 1:] / start) / np.log(L[:, 1:] / start)
-        run |= {"dim": run["config"].get("dim"), "symmetric": run["config"].get("symmetric"),
-                "epsilon": max(0.0, needed.max()), "closed_form_gap": abs(L - expected).max(),
+        run |= {**run["config"], "epsilon": max(0.0, needed.max()),  # the config has dim
                 "reversal_shift": abs(L_rev[:, -1] - start).mean(),
+                "closed_form_gap": abs(L - expected).max(),
                 "trained_probability_min": math.exp(-L[:, -1].max()),
                 "unseen_probability_max": math.exp(-L_rev.min()),
                 "curves": {"time": times.tolist(), "forward_nll": L.tolist(),
                            "reversal_nll": L_rev.tolist(), "closed_form": [expected.tolist()]}}
-        say(f"Theorem 1 holds with epsilon {run['epsilon']:.4f}; p of the trained is at least "
-            f"{run['trained_probability_min']:.3f}, of the unseen never above "
-            f"{run['unseen_probability_max']:.4f}; closed form within {run['closed_form_gap']:.3f}")
-    results["summary"] = {name: results["runs"][0][name] for name in (
-        "trained_probability_min", "unseen_probability_max", "closed_form_gap")} | {
-        "chain_unseen_probability_max": run["unseen_probability_max"], "chance": math.exp(-start)}
+        say(f"Theorem 1's bound: epsilon {run['epsilon']:.4f}. Trained p >= "
+            f"{run['trained_probability_min']:.3f}, unseen <= {run['unseen_probability_max']:.4f}. "
+            f"Closed form: within {run['closed_form_gap']:.3f}")
+    if s.command == "onelayer":
+        results["summary"] = {
+            "chance": math.exp(-start),
+            "chain_unseen_probability_max": run["unseen_probability_max"],
+            **{name: results["runs"][0][name] for name in (
+                "trained_probability_min", "unseen_probability_max", "closed_form_gap")}}
     return results
 
 
@@ -888,7 +891,7 @@ def identities(data):
 
 
 def either_blank(model, sentences, data):
-    """Mean NLL of y in "x r _", and of x in "_ r y", which is said at r by a look ahead."""
+    """NLL of y in "x r _" and of x in "_ r y", which is said at r, for r attends to y."""
     before = model(sentences[:, 1:], 2)[:, 0]  # (B, V)
     return nll(model, sentences) + F.cross_entropy(before, sentences[:, 0])
 
@@ -905,7 +908,6 @@ def rule_penalty(model, sentences, data):
 
 class Linear(nn.Module):
     """Logits (B, 1, V) after x, r (B, 2): E[x] + E[r], or of width `dim`, (E[x] + E[r]) U^T."""
-
     def __init__(self, vocab_size, dim=None):
         super().__init__()
         self.E = nn.Parameter(0.002 * torch.randn(vocab_size, dim or vocab_size))
@@ -954,7 +956,7 @@ class CureTrials(Experiment):
     lr: float = flag(0.003, "learning rate of AdamW; each cure is also tried at the paper's 0.01")
     weight_decay: float = flag(1.0, "of AdamW; also tried: 0.01")
     values: str = flag(None, "which cures, by their names [all]", nargs="+")
-    command, task, kept, expected, add = "cure", "reversal", "held-out, asked", "", None
+    command, task, only, expected, add = "cure", "reversal", "held-out, asked", "", None
     unseen, least_epochs, measurements = "unseen reversals", 80, 20
 
     @property
@@ -977,7 +979,7 @@ class CureTrials(Experiment):
 
 
 @dataclass
-class All(Experiment):
+class All(Task):
     """Every figure, and a table of what is seen. A flag goes to each command that has it."""
     command, trainings = "all", {}
     lines = ["reversal --animate --cosine", "chain --animate", "chain --related-tokens", "icl",
@@ -1057,7 +1059,7 @@ def draw_maps(results):
     maps = {role: results["matrices"][role][:SHOWN, :SHOWN] for role in results["weights"]}
     figure, columns = Figure(figsize=(4 + 1.5 * len(maps), 5)), len(maps) // 2
     left, right = figure.subfigures(1, 2, width_ratios=(columns, 1))
-    _, images = draw_matrices(maps, "logit of answer j after question i", left, 2)
+    _, images = draw_matrices(maps, "logit of answer j after entity i", left, 2)
     for image, pairs in zip(images, results["names"].values()):
         for axis, names in zip((image.axes.yaxis, image.axes.xaxis), zip(*pairs[:SHOWN])):
             # An axis is about 130 points long. A name may be long, or have a "$" in it.
@@ -1091,12 +1093,13 @@ def draw_cures(runs, matrices):
     axes.set(xlim=(-0.01, 1.01), xlabel="accuracy on unseen reversals: mean (bar), each seed (dot),"
              " mean at the paper's learning rate and weight decay (diamond)")
     axes.invert_yaxis()
-    draw_matrices(maps, "logit", bottom)
+    if maps:
+        draw_matrices(maps, "logit", bottom)
     return figure
 
 
 def draw_animation(results):
-    """The same over the training."""
+    """The figure of draw_maps over the training."""
     figure, images, curves = draw_maps(results | {"names": {}})
     epochs, now = results["curves"]["epoch"], curves.axvline(0, color="black", lw=1)
 
@@ -1116,7 +1119,6 @@ def draw_animation(results):
 
 class Figures(dict):
     """{end of the file name: figure or animation}. A notebook shows them."""
-
     def save(self, stem):
         """Write them to files. Missing letters are one hint."""
         with warnings.catch_warnings(record=True) as caught:
@@ -1234,14 +1236,13 @@ def join(rows):
 
 class Keeper:
     """The progress of one training, and its checkpoint, from which it can go on."""
-
     def __init__(self, s, seeds, weights, optimizer, orders):
         self.s, self.weights, self.optimizer = s, weights, optimizer
         self.label = f"{s.label}, from seed {seeds[0]}"
         self.path = s.keep and Path(f"{s.keep}.{self.label.replace('/', '-')}.pt")
-        self.settings = repr(s.altered(out="", quiet="", keep="").given())
+        self.settings = repr((seeds, s.altered(out="", quiet="", keep="").given()))
         self.generators = [*orders, torch.default_generator, *torch.cuda.default_generators]
-        self.began, self.kept = time.monotonic(), 0
+        self.began, self.last = time.monotonic(), 0
 
     def load(self):
         """(epoch to begin with, what was measured so far, frames so far)"""
@@ -1264,9 +1265,9 @@ class Keeper:
     def keep(self, epoch, measured, frames):
         """Say and save the progress, ever more seldom. Raises FloatingPointError if NLL is NaN."""
         passed = time.monotonic() - self.began
-        if epoch < self.s.epochs and passed < self.kept + max(5, passed / 20):
+        if epoch < self.s.epochs and passed < self.last + max(5, passed / 20):
             return
-        self.kept, loss = passed, measured[-1][:, :, 0].mean()
+        self.last, loss = passed, measured[-1][:, :, 0].mean()
         if loss.isnan():
             raise FloatingPointError(f"{self.label}: loss NaN at epoch {epoch}: try a smaller --lr")
         if not self.s.quiet:
@@ -1335,8 +1336,7 @@ def plot(files):
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse that tells an error in one line."""
-
+    """Argparse that reports an error in one line."""
     def error(self, message):
         raise Problem(message)
 
@@ -1353,7 +1353,7 @@ def parse(argv):
         for f in fields(kind):
             about = f.metadata
             text = about["help"]
-            if about["laptop"] not in (None, False, ""):
+            if about["laptop"]:
                 text += f" [{about['laptop']}]"
             if about["paper"]:
                 text += f" [paper: {about['paper']}]"
@@ -1380,6 +1380,8 @@ def main(argv=None):
         elif "RANK" in os.environ or "WORLD_SIZE" in os.environ:
             raise Problem("RANK or WORLD_SIZE is set, but not by torchrun: unset it")
         run(s.altered(keep=f"{s.out}/.{s.name}"))
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         return 0
     except Problem as problem:
         message, status = problem, 2
