@@ -26,7 +26,6 @@ import argparse
 import base64
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -36,7 +35,7 @@ import tempfile
 import time
 import warnings
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -63,7 +62,7 @@ class Problem(Exception):
 
 def flag(laptop, help, paper=None, choices=None, least=1, nargs=None):
     """A setting: its value on a laptop (None: by a rule), what it means, its value in the paper."""
-    return dataclasses.field(default=None, metadata=locals())  # the arguments by their names
+    return field(default=None, metadata=locals())  # the arguments by their names
 
 
 @dataclass
@@ -81,7 +80,6 @@ class Settings:
     related_tokens = animate = cosine = keep = False
     expected, setting, measurements, causal, plans = "The curse", "common", 40, True, ()
     about = only = ""  # only: the matrices that a sweep keeps, if not all
-
     def given(self):
         """What is set, {name: value}; without the methods that a cure changes."""
         return {name: value for name, value in vars(self).items()
@@ -274,8 +272,8 @@ FORWARD, BACKWARD, INDIRECT, EQUIVALENT = 0, 1, 1, 2
 @dataclass
 class Dataset:
     """The sentences of one seed as token ids, and what is needed to measure and print them."""
-    groups: dict[str, list]  # role: sentences of T + 1 tokens; the last is asked, never trained
-    names: list[str]  # how to print each token id
+    groups: dict  # role: sentences of T + 1 tokens; the last is asked, never trained
+    names: list  # how to print each token id
     first: int  # answers are spelled with the ids from here on,
     letters: int  # so many in an alphabet, one alphabet after the other
     answer_length: int = 1  # K: the answer is a sentence's last K tokens
@@ -454,7 +452,6 @@ class Attention(nn.Module):
     """Causal self-attention with H heads: softmax(Q K^T / sqrt(D/H)) V, and no token looks ahead.
     rotary: relative positions by turning queries and keys (Su et al. 2021)."""
     causal = True
-
     def __init__(self, dim, heads, rotary=False, dropout=0.0):
         super().__init__()
         self.heads, self.rotary = heads, rotary
@@ -515,7 +512,7 @@ class GPT(nn.Module):
                  dropout=0.0, tie_embeddings=False):
         super().__init__()
         rotary = position == "relative"
-        unit = 2 * heads if rotary else heads  # rotary positions turn pairs of entries
+        unit = heads * (1 + rotary)  # rotary positions turn pairs of entries
         if dim % unit:
             raise ValueError(f"dim {dim}: must be a multiple of {unit} for {position} positions")
         self.transformer = nn.ModuleDict({
@@ -570,22 +567,23 @@ def train(s, models, datasets, seeds, record=None):
     gives of all sentences at all s.points(), (S, points, n, 3, K), and each record(first model)."""
     module, data = models[0], datasets[0]
     sentences = torch.stack([data.sentences for data in datasets]).to(s.device)  # (S, n, T + 1)
-    weights, buffers = stack_module_state([model.to(s.device) for model in models])
+    models = [model.to(s.device) for model in models]
+    alone = len(models) == 1  # without vmap a large model is twice as fast on a processor
+    weights = dict(module.named_parameters()) if alone else stack_module_state(models)[0]
     optimizer = s.make_optimizer([each for each in weights.values() if each.requires_grad])
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     keeper = Keeper(s, seeds, weights, optimizer, orders)
     start, measured, frames = keeper.load()
-    state = weights | buffers  # {name: (S, ...)}
-    first = {name: each[0] for name, each in state.items()}
 
+    def own(i):  # the weights of seed i, from (S, ...)
+        return weights if alone else {name: each[i] for name, each in weights.items()}
     def bind(state):  # the model with these weights
         return lambda *inputs: functional_call(module, state, inputs)
-
     def each_seed(function, tokens):  # function(model, tokens, data) of each seed, tokens (S, B, T)
-        if len(models) == 1:  # without vmap a large model is twice as fast on a processor
-            return function(bind(first), tokens[0], data)[None]
+        if alone:
+            return function(bind(own(0)), tokens[0], data)[None]
         return vmap(lambda state, tokens: function(bind(state), tokens, data),
-                    randomness="different")(state, tokens)
+                    randomness="different")(weights, tokens)
 
     for epoch in range(start, s.epochs + 1):
         if epoch in s.points()[len(measured):]:
@@ -593,7 +591,7 @@ def train(s, models, datasets, seeds, record=None):
             with torch.no_grad():
                 parts = [each_seed(evaluate, part) for part in sentences.split(PART, 1)]
                 measured.append(torch.cat(parts, 1))  # (S, n, 3, K)
-                frames += [record(bind(first))] if record else []
+                frames += [record(bind(own(0)))] if record else []
         keeper.keep(epoch, measured, frames)
         if epoch == s.epochs:
             break
@@ -606,7 +604,7 @@ def train(s, models, datasets, seeds, record=None):
             each_seed(s.batch_loss, batch).sum().backward()
             optimizer.step()
     for i, model in enumerate(models):
-        model.eval().load_state_dict({name: each[i] for name, each in weights.items()}, False)
+        model.eval().load_state_dict(own(i), False)
     return torch.stack(measured, 1), frames
 
 
@@ -860,9 +858,8 @@ def theory(s):
         expected = closed_form(times, round(math.exp(start)), N)
         # Theorem 1, L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon, holds from this epsilon on.
         needed = np.log(L_rev[:, 1:] / start) / np.log(L[:, 1:] / start)
-        run |= {**run["config"], "epsilon": max(0.0, needed.max()),  # the config has dim
-                "reversal_shift": abs(L_rev[:, -1] - start).mean(),
-                "closed_form_gap": abs(L - expected).max(),
+        run |= {**run["config"], "reversal_shift": abs(L_rev[:, -1] - start).mean(),
+                "epsilon": max(0.0, needed.max()), "closed_form_gap": abs(L - expected).max(),
                 "trained_probability_min": math.exp(-L[:, -1].max()),
                 "unseen_probability_max": math.exp(-L_rev.min()),
                 "curves": {"time": times.tolist(), "forward_nll": L.tolist(),
@@ -974,7 +971,7 @@ class CureTrials(Experiment):
     def make_data(self, seed):
         data = super().make_data(seed)
         if self.add:
-            data = dataclasses.replace(data, groups={"added": self.add(data), **data.groups})
+            data = replace(data, groups={"added": self.add(data), **data.groups})
         return data
 
 
@@ -1057,8 +1054,8 @@ def draw_matrices(maps, label, figure=None, rows=1, **style):
 def draw_maps(results):
     """Figures 2 and 4: heat maps, in which the curse is the missing diagonal, and the curves."""
     maps = {role: results["matrices"][role][:SHOWN, :SHOWN] for role in results["weights"]}
-    figure, columns = Figure(figsize=(4 + 1.5 * len(maps), 5)), len(maps) // 2
-    left, right = figure.subfigures(1, 2, width_ratios=(columns, 1))
+    figure = Figure(figsize=(4 + 1.5 * len(maps), 5))
+    left, right = figure.subfigures(1, 2, width_ratios=(len(maps) // 2, 1))
     _, images = draw_matrices(maps, "logit of answer j after entity i", left, 2)
     for image, pairs in zip(images, results["names"].values()):
         for axis, names in zip((image.axes.yaxis, image.axes.xaxis), zip(*pairs[:SHOWN])):
@@ -1124,7 +1121,7 @@ class Figures(dict):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for end, figure in self.items():
-                how = partial(figure.savefig, dpi=150) if end.endswith("png") else partial(
+                how = partial(figure.savefig, dpi=100) if end.endswith("png") else partial(
                     figure.save, writer=PillowWriter(fps=4), dpi=80)
                 write(Path(f"{stem}{end}"), how)
         if any("Glyph" in str(warning.message) for warning in caught):
@@ -1170,11 +1167,11 @@ def draw(results):
 # You may stop reading here: this is about files, processes and the command line.
 
 
-def say(*words):
+def say(text):
     """Print, in the first process of torchrun. A run outlives the reader of its output."""
     try:
         if place()[0] == 0:
-            print(*words, flush=True)
+            print(text, flush=True)
     except OSError:  # such as "| head" when it has enough
         sys.stdout = open(os.devnull, "w")
 
@@ -1242,7 +1239,8 @@ class Keeper:
         self.path = s.keep and Path(f"{s.keep}.{self.label.replace('/', '-')}.pt")
         self.settings = repr((seeds, s.altered(out="", quiet="", keep="").given()))
         self.generators = [*orders, torch.default_generator, *torch.cuda.default_generators]
-        self.began, self.last = time.monotonic(), 0
+        self.began = time.monotonic()
+        self.next = self.began + 5
 
     def load(self):
         """(epoch to begin with, what was measured so far, frames so far)"""
@@ -1263,20 +1261,21 @@ class Keeper:
         return done
 
     def keep(self, epoch, measured, frames):
-        """Say and save the progress, ever more seldom. Raises FloatingPointError if NLL is NaN."""
-        passed = time.monotonic() - self.began
-        if epoch < self.s.epochs and passed < self.last + max(5, passed / 20):
+        """Say and save the progress; a twentieth of the time at most. FloatingPointError if NaN."""
+        now, loss = time.monotonic(), measured[-1][:, :, 0].mean()
+        if epoch < self.s.epochs and now < self.next:
             return
-        self.last, loss = passed, measured[-1][:, :, 0].mean()
         if loss.isnan():
             raise FloatingPointError(f"{self.label}: loss NaN at epoch {epoch}: try a smaller --lr")
         if not self.s.quiet:
             say(f"{self.label}: epoch {epoch} of {self.s.epochs}, NLL of all sentences {loss:.3f}, "
-                f"{passed:.0f} s")
+                f"{now - self.began:.0f} s")
         if self.path:
             states = [generator.get_state() for generator in self.generators]
             state = self.settings, self.weights, self.optimizer.state_dict(), states
             write(self.path, partial(torch.save, (*state, epoch, measured, frames)))
+        after = time.monotonic()
+        self.next = after + 5 + 20 * (after - now)
 
 
 def write(path, how):
@@ -1317,7 +1316,7 @@ def run(s):
             draw(results).save(stem)
         except Exception as error:  # LaTeX, a folder in the way, a full disk
             raise OSError(f"a picture failed ({error}), but the numbers are safe: revcurse.py plot "
-                          f"{stem}.json draws them") from None
+                          f"{stem}.json draws them")
     return results
 
 
