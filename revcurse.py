@@ -144,13 +144,13 @@ class Experiment(Settings):
     preset: str = flag("laptop", "which defaults the others have", choices=("laptop", "paper"))
     vocab: int = flag(800, "entity tokens, a quarter for each alphabet; also 20, 50, 200, 2000")
     complete: int = flag(None, "facts trained in full [70 %%; 100 of length 3; 200 if related]")
-    held_out: int = flag(None, "facts of which one sentence is asked [30 %%; 50, 50]")
-    layers: int = flag(2, "transformer blocks; also 1", paper=24)
+    held_out: int = flag(None, "facts of which one is asked [30 %%; 50 of length 3; 50 if related]")
+    layers: int = flag(2, "transformer blocks; in the paper also 1", paper=24)
     heads: int = flag(4, "attention heads", paper=12)
-    dim: int = flag(64, "embedding dimension; also 20", paper=768)
-    position: str = flag("absolute", "positions", choices=("none", "absolute", "relative"))
+    dim: int = flag(64, "embedding dimension; in the paper also 20", paper=768)
+    position: str = flag("absolute", "relative: rotary", choices=("none", "absolute", "relative"))
     dropout: float = flag(0.0, "share of the activations zeroed in training", paper=0.1)
-    freeze_embeddings: bool = flag(False, "do not train the embeddings; also tried")
+    freeze_embeddings: bool = flag(False, "do not train the embeddings; in the paper also tried")
     tie_embeddings: bool = flag(False, "the output matrix is the token embedding (ours)")
     epochs: int = flag(None, "passes over the sentences [80, chain 140, or 480 steps]", paper=3000)
     batch_size: int = flag(64, "sentences a step")
@@ -183,7 +183,7 @@ class Task(Experiment):
 @dataclass
 class Facts(Task):
     """What reversal and chain have in common."""
-    entity_length: int = flag(1, "tokens of an entity; also 2, 3")
+    entity_length: int = flag(1, "tokens of an entity; in the paper also 2 and 3")
     animate: bool = flag(False, "also draw the heat maps over the training, as a GIF")
 
 
@@ -1316,7 +1316,7 @@ def run(s):
             draw(results).save(stem)
         except Exception as error:  # LaTeX, a folder in the way, a full disk
             raise OSError(f"a picture failed ({error}), but the numbers are safe: revcurse.py plot "
-                          f"{stem}.json draws them")
+                          f"{stem}.json draws them") from None
     return results
 
 

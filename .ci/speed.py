@@ -1,4 +1,4 @@
-"""How fast is the training? Prints seed-epochs a second: ten seeds at once against one after the other.
+"""How fast is the training? Prints seed-epochs a second, of ten seeds at once and of one.
 
 Laptop size by default, evaluation after each epoch, medians of rounds that are taken in turn. With
 --preset paper: one seed at the paper's size.
