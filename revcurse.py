@@ -615,12 +615,12 @@ def evaluate(model, sentences, data):
     """NLL, right or not, and rank in its alphabet, of each token of the answers: (B, 3, K)."""
     K = data.answer_length
     logits, targets = model(sentences[:, :-1], K), sentences[:, -K:, None]  # (B, K, V), (B, K, 1)
-    wrong = -logits.log_softmax(-1).gather(-1, targets).clamp(min=-NLL_CEILING)
+    picked = logits.gather(-1, targets)
+    wrong = (logits.logsumexp(-1, keepdim=True) - picked).clamp(max=NLL_CEILING)
     begin = targets - (targets - data.first) % data.letters  # of its alphabet, if it is in one
     own = logits.gather(-1, begin.clamp(0) + torch.arange(data.letters, device=logits.device))
-    rank = 1 + (own > logits.gather(-1, targets)).sum(-1, keepdim=True)
-    right = logits.argmax(-1, keepdim=True) == targets
-    return torch.cat([wrong, right, rank], -1).mT
+    rank = 1 + (own > picked).sum(-1, keepdim=True)
+    return torch.cat([wrong, logits.argmax(-1, keepdim=True) == targets, rank], -1).mT
 
 
 def heat_maps(model, data, most=None):
