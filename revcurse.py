@@ -8,7 +8,7 @@ After Zhu, Huang, Zhang, Jordan, Jiao, Tian and Russell, "Towards a Theoretical 
 the 'Reversal Curse' via Training Dynamics", NeurIPS 2024 (arXiv 2405.04669). Gradient descent on
 cross-entropy raises the weight from A to B and leaves the weight from B to A where it was.
 
-    python revcurse.py reversal --animate           Figures 1 and 2, in about 15 seconds
+    python revcurse.py reversal --animate           Figures 1 and 2, in about 20 seconds
     python revcurse.py chain                        Figures 3 and 4, and chain of thought
     python revcurse.py icl                          in-context reversal, where there is no curse
     python revcurse.py ablate layers --task chain   Figures 5 to 12: what does not help
