@@ -1,31 +1,39 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.4.1", "numpy>=1.26.0", "matplotlib>=3.8.0"]
+# dependencies = ["torch>=2.13.0", "numpy>=2.4.0", "matplotlib>=3.11.0"]
 # ///
 """The reversal curse, made visible: a model trained on "A -> B" cannot answer "B <- A".
 
 After Zhu, Huang, Zhang, Jordan, Jiao, Tian and Russell, "Towards a Theoretical Understanding of
 the 'Reversal Curse' via Training Dynamics", NeurIPS 2024 (arXiv 2405.04669). Gradient descent on
-cross-entropy raises the weight from A to B and leaves the weight from B to A where it was.
+cross-entropy raises the weight from A to B and leaves the weight from B to A where it was: nothing
+in the loss asks for it to move.
 
-    python revcurse.py reversal --animate           Figures 1 and 2, in about 20 seconds
-    python revcurse.py chain                        Figures 3 and 4, and chain of thought
-    python revcurse.py icl                          in-context reversal, where there is no curse
-    python revcurse.py ablate layers --task chain   Figures 5 to 12: what does not help
-    python revcurse.py bilinear --symmetric         Section 3: Theorems 1 and 2
-    python revcurse.py onelayer                     Section 4: Theorems 3 and 4
-    python revcurse.py cure                         what does help
-    python revcurse.py all                          all of this, and a table of what was seen
+    python revcurse.py reversal --animate     Figures 1 and 2, in about 20 seconds
+    python revcurse.py chain                  Figures 3 and 4, and chain of thought
+    python revcurse.py icl                    in-context reversal, where there is no curse
+    python revcurse.py ablate                 Figures 5 to 12: what does not help
+    python revcurse.py bilinear --symmetric   Section 3: Theorems 1 and 2
+    python revcurse.py onelayer               Section 4: Theorems 3 and 4
+    python revcurse.py cure                   what does help
+    python revcurse.py weights                the curse in four models, in one picture
+    python revcurse.py all                    all of this, and a table of what was seen
 
-Ten small GPTs answer more than 99 % of the sentences they were trained on, and 0 % of the unseen
-reversals. Read beside the paper, down to Machinery. Shapes: S seeds, B sentences, T tokens that a
-model reads, D dim, H heads, V ids of the vocabulary, K tokens of an entity. NLL is in nats.
+Ten small GPTs answer all of the sentences that they were trained on, and none of the reversals.
+
+Read beside the paper, down to Machinery. Shapes are written with these letters: S seeds, B
+sentences, T tokens that a model reads, D embedding dimension, H heads, V tokens of the vocabulary,
+K tokens of an answer. NLL, the negative log-likelihood, is in nats. Sentences are *trained* or
+*asked*; a fact is *complete*, if all of its sentences are trained, or *held-out*, if one is asked.
+The *chance level* is the NLL of a uniform guess.
 """
 
 import argparse
 import base64
 import contextlib
 import copy
+import functools
+import glob
 import json
 import math
 import os
@@ -33,12 +41,12 @@ import random
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
-from collections import OrderedDict, defaultdict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,380 +60,1354 @@ import matplotlib  # noqa: E402
 from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-# --------------------------------------------------------------------------------------- Settings
-# A command is a class; its fields are its flags. In a notebook: results = run(Reversal(seeds=2)).
+# ------------------------------------------------------------------------------------------- Data
+# Token ids of the relations "->", "<-" (reversal), "~>" (chain) and "<=>" (in-context).
+FORWARD, BACKWARD, EQUIVALENT = 0, 1, 2
+INDIRECT = 1
+
+
+@dataclass
+class Dataset:
+    """The sentences of one seed as token ids, by role; each tensor is (n, T + 1).
+
+    A model reads all tokens of a sentence but the last, and is scored on the answer, its end.
+    """
+
+    train: dict[str, torch.Tensor]  # role: sentences that are trained
+    test: dict[str, torch.Tensor]  # role: sentences that are asked, and never trained
+    names: list[str]  # how to print each token id
+    alphabet_size: int  # how many tokens an answer is drawn from, for the chance level
+    answer_length: int = 1  # K: the answer is a sentence's last K tokens
+    graded: int = 0  # which of them is scored in the figures: the first that tells answers apart
+
+    def train_sentences(self):
+        return torch.cat(list(self.train.values()))
+
+    def test_sentences(self):
+        return torch.cat(list(self.test.values()))
+
+
+def split_sizes(letters, length, complete=None, held_out=None):
+    """How many facts are complete and how many held-out; None stands for the paper's number."""
+    spelled = letters**length  # entities that can be spelled
+    if length <= 2:
+        facts = min(spelled, 2 * letters)
+        usual_complete = round(0.7 * facts)
+    else:  # fewer, as in the authors' code, so that the training set can be learned
+        facts = min(spelled, 2 * letters, 150)
+        usual_complete = round(facts * 2 / 3)
+    if complete is None:
+        complete = usual_complete
+    if held_out is None:
+        held_out = facts - usual_complete
+    if complete < 0 or held_out < 1 or complete + held_out > spelled:
+        raise ValueError(
+            f"vocab {4 * letters}: a quarter of it spells {spelled} entities of {length} tokens, "
+            f"too few for {complete} complete and {held_out} held-out facts"
+        )
+    return complete, held_out
+
+
+def draw_entities(first, letters, length, count, rng):
+    """`count` different entities: tuples of `length` ids among the `letters` ids from `first` on."""
+    if length == 1:  # the weights of all tokens start alike: it makes no difference which is which
+        return [(first + i,) for i in range(count)]
+    drawn = {}  # a set that keeps its order
+    while len(drawn) < count:
+        entity = tuple(first + rng.randrange(letters) for _ in range(length))
+        drawn[entity] = True
+    return list(drawn)
+
+
+def join_entities(lefts, relation, rights):
+    """The sentences "left relation right" of two lists of entities: (n, T + 1)."""
+    rows = [(*left, relation, *right) for left, right in zip(lefts, rights)]
+    return torch.tensor(rows)
+
+
+def token_names(relations, vocab, **alphabets):
+    """How to print each id: relations, the letters of each alphabet, "#" if in no sentence."""
+    names = list(relations)
+    for alphabet, letters in alphabets.items():
+        names += [f"{alphabet}{i}" for i in range(letters)]
+    unused = len(relations) + vocab - len(names)
+    return names + ["#"] * unused
+
+
+def reversal_data(vocab=800, entity_length=1, complete=None, held_out=None, facts=(), seed=0):
+    """The reversal task (Section 5): a Dataset of sentences "A -> B" and "B <- A".
+
+    Both directions of a complete pair are trained. Of a held-out pair one, chosen by a coin, is
+    trained and the other is asked. From the complete pairs a model could learn that "<-" undoes
+    "->", and so infer what is asked.
+
+    vocab counts entity tokens, a quarter for A and a quarter for B; a model needs two ids more.
+    facts: vocab // 4 pairs of names. Raises ValueError if the tokens cannot spell the pairs.
+    """
+    if facts and (entity_length > 1 or vocab != 4 * len(facts)):
+        raise ValueError(f"vocab {vocab}: {len(facts)} facts need {4 * len(facts)}, of one token")
+    rng = random.Random(seed)
+    letters = vocab // 4
+    complete, held_out = split_sizes(letters, entity_length, complete, held_out)
+    As = draw_entities(2, letters, entity_length, complete + held_out, rng)
+    Bs = draw_entities(2 + letters, letters, entity_length, complete + held_out, rng)
+    forward = join_entities(As, FORWARD, Bs)
+    backward = join_entities(Bs, BACKWARD, As)
+    coins = torch.tensor([[rng.randrange(2) == 1] for _ in range(held_out)])  # (held_out, 1)
+    trained = {
+        "complete A -> B": forward[:complete],
+        "complete B <- A": backward[:complete],
+        "held-out, trained": torch.where(coins, forward[complete:], backward[complete:]),
+    }
+    asked = {"held-out, asked": torch.where(coins, backward[complete:], forward[complete:])}
+    names = token_names(["->", "<-"], vocab, A=letters, B=letters)
+    shuffled = rng.sample(list(facts), len(facts))
+    for i, (a, b) in enumerate(shuffled):
+        names[2 + i] = a
+        names[2 + letters + i] = b
+    return Dataset(trained, asked, names, letters, entity_length)
+
+
+def chain_sentences(As, Bs, Cs, complete):
+    """(trained, asked) of the chain task: of held-out triples the implied "A ~> C" is asked."""
+    a_to_b = join_entities(As, FORWARD, Bs)
+    b_to_c = join_entities(Bs, FORWARD, Cs)
+    a_to_c = join_entities(As, INDIRECT, Cs)
+    trained = {
+        "complete A -> B": a_to_b[:complete],
+        "complete B -> C": b_to_c[:complete],
+        "complete A ~> C": a_to_c[:complete],
+        "held-out A -> B": a_to_b[complete:],
+        "held-out B -> C": b_to_c[complete:],
+    }
+    return trained, {"held-out A ~> C": a_to_c[complete:]}
+
+
+def chain_data(vocab=800, entity_length=1, complete=None, held_out=None, seed=0):
+    """The chain task (Section 5): a Dataset of "A -> B", "B -> C" and the implied "A ~> C".
+
+    All three of a complete triple are trained, and the two steps of a held-out one. Vocabulary,
+    numbers and errors are those of reversal_data.
+    """
+    rng = random.Random(seed)
+    letters = vocab // 4
+    complete, held_out = split_sizes(letters, entity_length, complete, held_out)
+    count = complete + held_out
+    As = draw_entities(2, letters, entity_length, count, rng)
+    Bs = draw_entities(2 + letters, letters, entity_length, count, rng)
+    Cs = draw_entities(2 + 2 * letters, letters, entity_length, count, rng)
+    trained, asked = chain_sentences(As, Bs, Cs, complete)
+    names = token_names(["->", "~>"], vocab, A=letters, B=letters, C=letters)
+    return Dataset(trained, asked, names, letters, entity_length)
+
+
+def related_data(vocab=800, complete=200, held_out=50):
+    """The chain task with entities "a i", "b i", "c i": three tokens for all, and an index."""
+    count = complete + held_out
+    if held_out < 1 or 3 + count > vocab:
+        raise ValueError(
+            f"vocab {vocab}: {complete} complete and {held_out} held-out triples of related "
+            f"tokens need {3 + count}"
+        )
+    As = [(2, 5 + i) for i in range(count)]
+    Bs = [(3, 5 + i) for i in range(count)]
+    Cs = [(4, 5 + i) for i in range(count)]
+    trained, asked = chain_sentences(As, Bs, Cs, complete)
+    names = token_names(["->", "~>", "a", "b", "c"], vocab - 3, i=count)
+    return Dataset(trained, asked, names, count, answer_length=2, graded=1)
+
+
+def icl_data(vocab=400, complete=7, held_out=3, seed=0):
+    """In-context reversal: a Dataset of sentences "A -> B <=> B <- A", whose last A is asked.
+
+    Every A meets the same B's. With `held_out` of them, drawn for each A, it is only asked.
+    """
+    rng = random.Random(seed)
+    letters = vocab // 4
+    partners = complete + held_out
+    if letters < 1 or complete < 1 or letters + partners > vocab:
+        raise ValueError(f"vocab {vocab}: too few tokens for {letters} A's and {partners} B's")
+    trained, asked = [], []
+    for a in range(3, 3 + letters):
+        Bs = rng.sample(range(3 + letters, 3 + letters + partners), partners)
+        sentences = [(a, FORWARD, b, EQUIVALENT, b, BACKWARD, a) for b in Bs]
+        trained += sentences[:complete]
+        asked += sentences[complete:]
+    names = token_names(["->", "<-", "<=>"], vocab, A=letters, B=partners)
+    complete, held_out = torch.tensor(trained), torch.tensor(asked)
+    return Dataset({"complete": complete}, {"held-out": held_out}, names, letters)
+
+
+# ------------------------------------------------------------------------------------------ Model
+
+
+class Attention(nn.Module):
+    """Self-attention with H heads: softmax(Q K^T / sqrt(D/H)) V, in which no token looks ahead.
+
+    rotary: relative positions by turning queries and keys (Su et al. 2021).
+    """
+
+    causal = True
+
+    def __init__(self, dim, heads, rotary=False, dropout=0.0):
+        super().__init__()
+        self.heads = heads
+        self.rotary = rotary
+        self.c_attn = nn.Linear(dim, 3 * dim)  # queries, keys and values in one product
+        self.c_proj = nn.Linear(dim, dim)
+        self.attn_dropout = nn.Dropout(dropout)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        """x (B, T, D) to (B, T, D)."""
+        B, T, D = x.shape
+        width = D // self.heads
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        # The query of token t asks and the key of token s answers: q_t . k_s / sqrt(D/H) scores
+        # how much t listens to s. Among the s up to t, softmax turns the scores into weights.
+        scores = q @ k.mT / math.sqrt(width)  # (B, H, T, T)
+        if self.causal:
+            future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (T, T)
+            scores = scores.masked_fill(future, -math.inf)
+        # A forward hook on attn_dropout sees these attention weights: the README shows how.
+        attention = self.attn_dropout(scores.softmax(-1))
+        heard = attention @ v  # (B, H, T, D/H): the sum over s of weight times v_s
+        x = heard.transpose(1, 2).reshape(B, T, D)
+        return self.resid_dropout(self.c_proj(x))
+
+
+def rotate(x):
+    """Rotary positions: turn pair i of token t, x (..., T, D/H), by t * 10000^(-2i / (D/H))."""
+    T, width = x.shape[-2:]
+    speed = 10000.0 ** (-torch.arange(0, width, 2, device=x.device) / width)
+    angle = torch.arange(T, device=x.device)[:, None] * speed  # (T, D/2H)
+    cos, sin = angle.cos(), angle.sin()
+    left, right = x.chunk(2, dim=-1)
+    turned = [left * cos - right * sin, left * sin + right * cos]
+    return torch.cat(turned, dim=-1)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): from D to 4D, through GELU, and back to D."""
+
+    def __init__(self, dim, heads, rotary=False, dropout=0.0):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, rotary, dropout)
+        self.ln_2 = nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict()
+        self.mlp["c_fc"] = nn.Linear(dim, 4 * dim)
+        self.mlp["c_proj"] = nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, last=None):
+        """x (B, T, D) to (B, T, D), or to (B, last, D) if only the last tokens are needed."""
+        x = x + self.attn(self.ln_1(x))
+        if last is not None:
+            x = x[:, -last:]
+        hidden = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")
+        return x + self.dropout(self.mlp.c_proj(hidden))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019) by hand: token ids (B, T) to logits (B, last, vocab_size).
+
+    position is "none", "absolute" (learned) or "relative" (rotary). T is at most block_size.
+    Raises ValueError if dim cannot be divided among the heads. Parameters have the names of the
+    published GPT-2, which stores the weights of its linear layers transposed.
+    """
+
+    def __init__(
+        self,
+        vocab_size,
+        block_size,
+        layers,
+        heads,
+        dim,
+        position="absolute",
+        dropout=0.0,
+        tie_embeddings=False,
+    ):
+        super().__init__()
+        rotary = position == "relative"
+        unit = 2 * heads if rotary else heads  # rotary positions turn pairs of entries
+        if dim % unit:
+            raise ValueError(f"dim {dim}: must be a multiple of {unit} for {position} positions")
+        self.transformer = nn.ModuleDict()
+        self.transformer["wte"] = nn.Embedding(vocab_size, dim)
+        self.transformer["drop"] = nn.Dropout(dropout)
+        blocks = [Block(dim, heads, rotary, dropout) for _ in range(layers)]
+        self.transformer["h"] = nn.ModuleList(blocks)
+        self.transformer["ln_f"] = nn.LayerNorm(dim)
+        if position == "absolute":
+            self.transformer["wpe"] = nn.Embedding(block_size, dim)
+        # The output matrix is a weight of its own, as in the authors' code and unlike GPT-2: if it
+        # were the input embedding, to learn to say a name would be to move the vector that is read.
+        self.lm_head = nn.Linear(dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        # GPT-2's start: weights of 0.02, smaller for the two sums of each block, to keep x small.
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers))
+            elif "ln_" not in name:
+                nn.init.normal_(weight, std=0.02)
+
+    def forward(self, tokens, last=None):
+        """Logits after the `last` last of the tokens; after each of them if None."""
+        T = tokens.shape[1]
+        x = self.transformer.wte(tokens)  # (B, T, D)
+        if "wpe" in self.transformer:
+            x = x + self.transformer.wpe.weight[:T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h[:-1]:
+            x = block(x)
+        # After the attention of the final block no token hears of another any more, so that only
+        # those whose logits are wanted are computed further: a tenth of the training time.
+        x = self.transformer.h[-1](x, last)  # (B, last, D)
+        return self.lm_head(self.transformer.ln_f(x))
+
+
+# --------------------------------------------------------------------------------------- Training
+NLL_CEILING = -math.log(1e-50)  # the authors clip p at 1e-50, so their curves saturate at 115
+
+
+def nll(model, sentences, last=1):
+    """Mean -log p of the last tokens of sentences (B, T + 1), each given those before it."""
+    logits = model(sentences[:, :-1], last)  # (B, last, V)
+    targets = sentences[:, -last:]  # (B, last)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Evaluation(NamedTuple):
+    """What a model makes of each token of each answer: two tensors (n, K)."""
+
+    nll: torch.Tensor  # -log p of the right token
+    correct: torch.Tensor  # whether it has the highest logit
+
+
+@torch.no_grad()
+def evaluate(model, sentences, K):
+    """The Evaluation of sentences (n, T + 1), whose last K tokens are the answer."""
+    losses, correct = [], []
+    for part in sentences.split(1000):  # so that memory stays small
+        logits = model(part[:, :-1], K)  # (B, K, V)
+        targets = part[:, -K:]  # (B, K)
+        right = logits.gather(-1, targets[..., None]).squeeze(-1)
+        losses.append((logits.logsumexp(-1) - right).clamp(max=NLL_CEILING))
+        correct.append(logits.argmax(-1) == targets)
+    return Evaluation(torch.cat(losses), torch.cat(correct))
+
+
+class Ensemble:
+    """S models of one kind that train side by side, in the time of a few.
+
+    The weights of all models lie in stacked tensors (S, ...), and each model's own parameters are
+    its row of them: models[s] is at any time model s as it is trained so far.
+    """
+
+    def __init__(self, models):
+        self.models = models
+        if len(models) == 1:  # nothing to stack; a large model is then twice as fast on a CPU
+            self.weights = dict(models[0].named_parameters())
+            return
+        self.weights, _ = stack_module_state(models)  # {name: (S, ...)}
+        for name, stacked in self.weights.items():
+            for model, row in zip(models, stacked.detach()):
+                model.get_parameter(name).data = row
+
+    def each(self, loss, sentences):
+        """loss(model, sentences) of each model, for sentences (S, B, T + 1): (S,)."""
+        if len(self.models) == 1:
+            return loss(self.models[0], sentences[0])[None]
+
+        def loss_of_one(weights, sentences):
+            def model(tokens, last=None):
+                return functional_call(self.models[0], weights, (tokens, last))
+
+            return loss(model, sentences)
+
+        # vmap runs a function written for one model on all S rows at once. Dropout differs.
+        return vmap(loss_of_one, randomness="different")(self.weights, sentences)
+
+
+def train(experiment, models, datasets, seeds, keeper=None):
+    """Train models[s] on datasets[s], each in its own order. For one model it is the usual loop:
+
+        for epoch in range(epochs):
+            for rows in torch.randperm(len(sentences)).split(batch_size):
+                loss = nll(model, sentences[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    Returns {epoch: what experiment.evaluate gives of each model} and, for the animation, {epoch:
+    heat maps of the first}. Raises FloatingPointError if a loss is no number.
+    """
+    device = experiment.device
+    # Batches are drawn from these alone: what is asked, datasets[s].test, is never trained.
+    sentences = torch.stack([data.train_sentences() for data in datasets]).to(device)
+    n = sentences.shape[1]  # (S, n, T + 1)
+    ensemble = Ensemble(models)
+    trained = [weight for weight in ensemble.weights.values() if weight.requires_grad]
+    optimizer = experiment.make_optimizer(trained)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def measure(epoch):
+        history[epoch] = [experiment.evaluate(model, data) for model, data in zip(models, datasets)]
+        if experiment.animate:
+            frames[epoch] = heat_maps(models[0], datasets[0], SHOWN)
+
+    history, frames = {}, {}
+    measure(0)
+    done = 0  # epochs
+    if keeper is not None:
+        done, history, frames = keeper.begin(ensemble, optimizer, generators, history, frames)
+
+    for epoch in range(done + 1, experiment.epochs + 1):
+        models[0].train()  # the one whose code all of them run
+        orders = torch.stack([torch.randperm(n, generator=each) for each in generators])
+        for rows in orders.to(device).split(experiment.batch_size, dim=1):  # (S, B)
+            batch = sentences.take_along_dim(rows[..., None], dim=1)  # (S, B, T + 1)
+            losses = ensemble.each(experiment.batch_loss, batch)  # (S,)
+            optimizer.zero_grad()
+            # One sum trains every model by itself: the loss of a model has no gradient for the
+            # weights of another, and AdamW and SGD treat each number by itself.
+            losses.sum().backward()
+            optimizer.step()
+        if epoch in experiment.eval_epochs():
+            measure(epoch)
+            if any(parts["trained"].nll.isnan().any() for parts in history[epoch]):
+                raise FloatingPointError(f"loss NaN at epoch {epoch}: try a smaller --lr")
+        if keeper is not None:
+            keeper.after_epoch(epoch, history, frames)
+    return history, frames
+
+
+# ------------------------------------------------------------------------------------ Experiments
+# An experiment is a class: its fields are the flags of its command, its methods make the data, the
+# model, the optimizer and the loss. A subclass changes any of them, in the file or in a notebook:
+# results = run(Reversal(seeds=2)); draw(results).
 
 
 class Problem(Exception):
-    """Bad input, found before any work: a line for the user, and exit status 2."""
+    """Bad input, found before any work: one line for the user, and exit status 2."""
 
 
-def flag(laptop, help, paper=None, choices=None, least=1, nargs=None):
-    """A setting: its value on a laptop (None: by a rule), what it means, its value in the paper."""
-    return field(default=None, metadata=locals())  # the arguments by their names
+def setting(default, help, paper=None, choices=None):
+    """A field of an experiment: its default, what it means, and its value in the paper."""
+    return field(default=default, metadata={"help": help, "paper": paper, "choices": choices})
 
 
 @dataclass
 class Settings:
-    """What every training needs. A field that is not given takes its value from the preset."""
-    seeds: int = flag(10, "how many seeds; each has its own data, weights and order")
-    seed: int = flag(0, "the first seed, from which the others count up", least=0)
-    seeds_at_once: int = flag(None, "how many train side by side, to save memory [all]")
-    device: str = flag("auto", "auto: cuda if any, else cpu", choices=("auto", "cpu", "cuda"))
-    out: str = flag("figures", "folder of the results")
-    quiet: bool = flag(False, "print no progress")
+    """What every experiment has. (Experiment, below, is one with a GPT.)
 
-    # Where a command has nothing else to say:
-    unseen, preset, loss, entity_length, facts = "unseen sentences", "laptop", "entity", 1, ()
-    related_tokens = animate = cosine = keep = False
-    expected, setting, measurements, causal, plans = "The curse", "common", 40, True, ()
-    about = only = ""  # only: the matrices that a sweep keeps, if not all
-    def given(self):
-        """What is set, {name: value}; without the methods that a cure changes."""
-        return {name: value for name, value in vars(self).items()
-                if value is not None and not callable(value)}
+    A subclass has make_data(seed), a Dataset, and make_model(data), untrained, which is called as
+    model(tokens (B, T), last) for logits (B, last, V).
+    """
 
-    def __post_init__(self):
-        for f in fields(self):
-            if getattr(self, f.name) is None:
-                value = self.preset == "paper" and f.metadata["paper"]
-                setattr(self, f.name, value or f.metadata["laptop"])
-        self.label = self.name = self.command + "-related-tokens" * self.related_tokens
-        if self.related_tokens:
-            self.expected = "No curse"
+    seeds: int = setting(10, "how many seeds; each has its own data, weights and order")
+    seed: int = setting(0, "the first seed, from which the others count up")
+    seeds_at_once: int | None = setting(None, "how many train side by side, to save memory [all]")
+    device: str = setting("auto", "auto: cuda if any, else cpu", choices=("auto", "cpu", "cuda"))
+    out: str = setting("figures", "folder of the results")
+    quiet: bool = setting(False, "print no progress")
 
-    def check(self):
-        """Raises Problem for a value that makes no sense."""
-        for f in fields(self):
-            choices, least = f.metadata["choices"], f.metadata["least"] if f.type is int else 0
-            for value in np.ravel(getattr(self, f.name)).tolist():
-                words = f"--{f.name.replace('_', '-')} {value}: must be"
-                if choices and value not in (None, *choices):
-                    raise Problem(f"{words} one of {', '.join(choices)}")
-                if type(value) in (int, float) and not least <= value < math.inf:
-                    raise Problem(f"{words} {least} or more, and finite")
+    command = ""  # on the command line
+    asked = "asked sentences"  # what the verdict calls them
+    expected = "curse"  # the outcome that must be seen; None if that is open
+    variant = "common"  # at which rates a cure is tried
+    answer_length = 1  # K, the tokens of an answer
+    measurements = 40
+    animate = False
 
-    def altered(self, **sets):
-        s = copy.copy(self)
-        vars(s).update(sets)
-        return s
+    @classmethod
+    def paper(cls, **changes):
+        """The experiment at the paper's size, but for the changes: `--preset paper`."""
+        values = {f.name: f.metadata["paper"] for f in fields(cls)}
+        values = {name: value for name, value in values.items() if value is not None}
+        return cls(**(values | changes))
+
+    @classmethod
+    def make(cls, preset="laptop", **changes):
+        """The experiment of a command line."""
+        return cls.paper(**changes) if preset == "paper" else cls(**changes)
 
     @property
-    def trainings(self):
-        """What the command trains, {what it is called: settings}."""
-        return {"": self}
+    def stem(self):
+        """The name of the result files."""
+        return self.command
 
-    def points(self):
+    @property
+    def trials(self):
+        """What is trained, {label: experiment}, as in a Sweep."""
+        return {self.stem: self}
+
+    def check(self):
+        """Raises Problem for a setting that makes no sense."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            must_be = f"--{f.name.replace('_', '-')} {value}: must be"
+            choices = f.metadata["choices"]
+            if getattr(type(self), f.name) != f.default:  # Python would ignore the new default
+                raise Problem(f"{type(self).__name__}.{f.name}: needs @dataclass above the class")
+            if choices is not None and value not in choices:
+                raise Problem(f"{must_be} one of {', '.join(choices)}")
+            if f.type in (int, int | None) and value is not None:
+                least = 0 if f.name in ("seed", "complete") else 1
+                if not isinstance(value, int) or not least <= value < 2**63:
+                    raise Problem(f"{must_be} a whole number from {least} to 2^63 - 1")
+            if f.type is float and not 0 <= value < math.inf:
+                raise Problem(f"{must_be} 0 or more, and finite")
+        if self.lr == 0:
+            raise Problem("--lr 0: must be more than 0, or nothing is learned")
+
+    def eval_epochs(self):
         """The epochs after which to measure, ever further apart."""
         share = np.linspace(0, 1, self.measurements) ** 2
         return np.unique(np.rint(self.epochs * share).astype(int)).tolist()
 
     def make_optimizer(self, weights):
-        # Gradient descent. The loss is a mean over the batch, --lr is for each sentence.
+        """One optimizer for the weights of all models: it must treat each number by itself.
+
+        AdamW and SGD do, weight decay included. Not so: clipping by a norm, LBFGS, Adafactor, LAMB,
+        Muon, Shampoo, or a schedule that looks at the summed loss. These need --seeds-at-once 1.
+        """
+        # Gradient descent. The loss is a mean over the batch, and --lr is the step of a sentence.
         return torch.optim.SGD(weights, self.lr * self.batch_size)
 
-    def make_data(self, seed):
-        if self.task == "icl":
-            return icl_data(self.vocab, self.complete, self.held_out, seed)
-        size = self.vocab, self.entity_length, self.complete, self.held_out
-        if self.task == "chain":
-            return chain_data(*size, self.related_tokens, seed)
-        return reversal_data(*size, self.facts, seed)
+    def batch_loss(self, model, sentences):
+        """The loss of one model on a batch (B, T + 1)."""
+        return nll(model, sentences, self.answer_length)
 
-    def batch_loss(self, model, sentences, data):
-        """Mean NLL of a batch (B, T + 1): of the last entity, or of all tokens but the first."""
-        last = data.answer_length if self.loss == "entity" else sentences.shape[1] - 1
-        return nll(model, sentences, last)
+    def evaluate(self, model, data):
+        """What is measured at several epochs: {part: Evaluation}."""
+        model.eval()
+        return {
+            "trained": evaluate(model, data.train_sentences(), data.answer_length),
+            "asked": evaluate(model, data.test_sentences(), data.answer_length),
+        }
+
+    def input_vectors(self, model):
+        """The vectors (V, D) of the tokens that the model reads, if they are trained."""
+        return None
+
+    def measure(self, model, data, start, history):
+        """What a trained model knows: {name: number, or curve over the epochs}.
+
+        start: its input vectors before the training. history: {epoch: {part: Evaluation}}.
+        """
+        numbers = {}
+        for part, key in JSON_KEYS.items():
+            evaluations = [parts[part] for parts in history.values() if part in parts]
+            if evaluations:
+                curve = [evaluation.nll[:, data.graded].mean().item() for evaluation in evaluations]
+                numbers[f"{key}_nll"] = curve
+                correct = evaluations[-1].correct.all(1)  # all tokens of an answer
+                numbers[f"{key}_accuracy"] = correct.float().mean().item()
+                if data.answer_length > 1:
+                    numbers[f"{key}_word_nll"] = evaluations[-1].nll.sum(1).mean().item()
+        numbers["matched_rank"], numbers["others_nll"] = matched_rank(model, data)
+        if start is not None:
+            cosines = F.cosine_similarity(start, self.input_vectors(model))
+            read = data.test_sentences()[:, 0]
+            numbers["asked_cosine"] = cosines[read].min().item()
+        return numbers
+
+    def matrices(self, model, data):
+        """What the pictures show of the first seed's model: {name: matrix}."""
+        return heat_maps(model, data)
+
+    def conclude(self, results):
+        """Add to the results of all seeds what follows from them."""
+        results["outcome"], results["verdict"] = verdict(results)
+
+    def draw(self, results):
+        """The Figures of the results."""
+        return draw_task(results)
 
 
 @dataclass
 class Experiment(Settings):
-    """What the experiments with a GPT need (Section 5; the paper's Tables 3 and 4)."""
-    preset: str = flag("laptop", "which defaults the others have", choices=("laptop", "paper"))
-    vocab: int = flag(800, "entity tokens, a quarter for each alphabet; also 20, 50, 200, 2000")
-    complete: int = flag(None, "facts trained in full [70 %%; 100 of length 3; 200 if related]")
-    held_out: int = flag(None, "facts of which one is asked [30 %%; 50 of length 3; 50 if related]")
-    layers: int = flag(2, "transformer blocks; in the paper also 1", paper=24)
-    heads: int = flag(4, "attention heads", paper=12)
-    dim: int = flag(64, "embedding dimension; in the paper also 20", paper=768)
-    position: str = flag("absolute", "relative: rotary", choices=("none", "absolute", "relative"))
-    dropout: float = flag(0.0, "share of the activations zeroed in training", paper=0.1)
-    freeze_embeddings: bool = flag(False, "do not train the embeddings; in the paper also tried")
-    tie_embeddings: bool = flag(False, "the output matrix is the token embedding (ours)")
-    epochs: int = flag(None, "passes over the sentences [80, chain 140, or 480 steps]", paper=3000)
-    batch_size: int = flag(64, "sentences a step")
-    lr: float = flag(0.01, "learning rate of AdamW")
-    betas: float = flag((0.9, 0.999), "decay rates of its moments", nargs=2)
-    weight_decay: float = flag(0.01, "of AdamW; the authors' flag of 0.9 never reaches it")
+    """What the experiments with a GPT have in common (Section 5; the paper's Tables 3 and 4)."""
+
+    vocab: int = setting(800, "entity tokens, a quarter for each alphabet; also 20 to 2000")
+    complete: int | None = setting(None, "facts trained in full [70 %%; related: 200]")
+    held_out: int | None = setting(None, "facts with a sentence that is asked [30 %%; related: 50]")
+    layers: int = setting(2, "transformer blocks; in the paper also 1", paper=24)
+    heads: int = setting(4, "attention heads", paper=12)
+    dim: int = setting(64, "embedding dimension; in the paper also 20", paper=768)
+    position: str = setting(
+        "absolute", "relative: rotary", choices=("none", "absolute", "relative")
+    )
+    dropout: float = setting(0.0, "share of the activations zeroed in training", paper=0.1)
+    freeze_embeddings: bool = setting(False, "do not train the embeddings; also in the paper")
+    tie_embeddings: bool = setting(False, "the output matrix is the token embedding (ours)")
+    epochs: int | None = setting(None, "passes over the sentences [80, or 480 steps]", paper=3000)
+    batch_size: int = setting(64, "sentences a step")
+    lr: float = setting(0.003, "learning rate of AdamW", paper=0.01)
+    betas: tuple = setting((0.9, 0.999), "decay rates of its moments")
+    weight_decay: float = setting(0.01, "of AdamW; the authors' flag of 0.9 never reaches it")
+    loss: str = setting("entity", "on the last entity, or on all", choices=("entity", "sequence"))
+    cosine: bool = setting(False, "also draw the cosines of the token embeddings")
+
+    least_epochs = 80
+
+    def check(self):
+        super().check()
+        if self.dropout >= 1:
+            raise Problem(f"--dropout {self.dropout}: must be less than 1, or nothing is left")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise Problem(f"--betas {self.betas}: must be two numbers, from 0 up to, but not, 1")
+        if self.freeze_embeddings and self.tie_embeddings:
+            raise Problem("--freeze-embeddings: would freeze a tied output matrix too")
 
     def make_model(self, data):
-        model = GPT(len(data.names), data.sentences.shape[1] - 1, self.layers, self.heads,
-                    self.dim, self.position, self.dropout, self.tie_embeddings)
+        model = GPT(
+            vocab_size=len(data.names),
+            block_size=data.train_sentences().shape[1] - 1,
+            layers=self.layers,
+            heads=self.heads,
+            dim=self.dim,
+            position=self.position,
+            dropout=self.dropout,
+            tie_embeddings=self.tie_embeddings,
+        )
         for part in model.modules():
-            if isinstance(part, Attention):
-                part.causal = self.causal
-            if isinstance(part, nn.Embedding):
+            if isinstance(part, nn.Embedding):  # of tokens, and of positions if there are any
                 part.requires_grad_(not self.freeze_embeddings)
         return model
 
     def make_optimizer(self, weights):
-        return torch.optim.AdamW(weights, self.lr, self.betas, weight_decay=self.weight_decay,
-                                 fused=True)
+        # Weight decay applies to all weights, as in the authors' code; often the biases and layer
+        # norms are left out.
+        return torch.optim.AdamW(
+            weights, self.lr, self.betas, weight_decay=self.weight_decay, fused=True
+        )
+
+    def batch_loss(self, model, sentences):
+        # The paper takes the loss on the last entity alone: no token before it is a target.
+        last = self.answer_length if self.loss == "entity" else sentences.shape[1] - 1
+        return nll(model, sentences, last)
+
+    def input_vectors(self, model):
+        if isinstance(model, GPT) and not self.freeze_embeddings:
+            return model.transformer.wte.weight
+        return None
+
+    def matrices(self, model, data):
+        maps = heat_maps(model, data)
+        if self.cosine:  # Figure 11
+            vectors = F.normalize(model.transformer.wte.weight, dim=-1)
+            maps["cosine"] = vectors @ vectors.mT
+        return maps
 
 
 @dataclass
-class Task(Experiment):
-    """What reversal, chain and icl have in common."""
-    loss: str = flag("entity", "on the last entity, or on all", choices=("entity", "sequence"))
-    cosine: bool = flag(False, "also draw the cosines of the token embeddings")
+class Reversal(Experiment):
+    """Figures 1 and 2: train "A -> B", ask "B <-"."""
 
+    entity_length: int = setting(1, "tokens of an entity; in the paper also 2 and 3")
+    animate: bool = setting(False, "also draw the heat maps over the training, as a GIF")
+    facts: tuple = setting((), "your own pairs: a file of lines A<TAB>B; sets --vocab")
 
-@dataclass
-class Facts(Task):
-    """What reversal and chain have in common."""
-    entity_length: int = flag(1, "tokens of an entity; in the paper also 2 and 3")
-    animate: bool = flag(False, "also draw the heat maps over the training, as a GIF")
-
-
-@dataclass
-class Reversal(Facts):
-    """Figures 1 and 2: train A -> B, ask B <-."""
-    facts: str = flag("", "your own pairs: a file of lines A<TAB>B; sets --vocab")
-    command = task = "reversal"
-    unseen, least_epochs = "unseen reversals", 80
+    command = "reversal"
+    asked = "reversals"
 
     def __post_init__(self):
-        if isinstance(self.facts, str):  # read only once, for it may be a pipe
-            self.facts = read_facts(self.facts)
         if self.facts:
-            self.vocab = self.vocab or 4 * len(self.facts)
-        super().__post_init__()
+            self.facts = read_facts(self.facts)  # only once, for it may be a pipe
+            if self.vocab not in (type(self).vocab, 4 * len(self.facts)):
+                raise Problem(f"--vocab {self.vocab}: is set by --facts, leave it out")
+            self.vocab = 4 * len(self.facts)
+
+    @property
+    def answer_length(self):
+        return self.entity_length
+
+    def make_data(self, seed):
+        return reversal_data(
+            self.vocab, self.entity_length, self.complete, self.held_out, self.facts, seed
+        )
 
 
 @dataclass
-class Chain(Facts):
-    """Figures 3 and 4: train A -> B and B -> C, ask A ~>."""
-    lr: float = flag(0.003, "learning rate of AdamW", paper=0.01)
-    related_tokens: bool = flag(False, "entities a i, b i, c i that share tokens")
-    command = task = "chain"
-    unseen, least_epochs = 'unseen "A ~> C"', 140
+class Chain(Reversal):
+    """Figures 3 and 4: train "A -> B" and "B -> C", ask "A ~>"."""
+
+    related_tokens: bool = setting(False, "entities a i, b i, c i that share tokens")
+
+    command = "chain"
+    asked = '"A ~> C"'
+    least_epochs = 140
+
+    @property
+    def expected(self):
+        return "no curse" if self.related_tokens else "curse"
+
+    @property
+    def answer_length(self):
+        return 2 if self.related_tokens else self.entity_length
+
+    @property
+    def stem(self):
+        return "chain-related-tokens" if self.related_tokens else "chain"
+
+    def check(self):
+        super().check()
+        if self.facts:
+            raise Problem("--facts: are pairs, and the chain task needs triples")
+        if self.related_tokens and self.entity_length > 1:
+            raise Problem("--related-tokens: needs entity_length 1")
+
+    def make_data(self, seed):
+        if not self.related_tokens:
+            return chain_data(self.vocab, self.entity_length, self.complete, self.held_out, seed)
+        complete = 200 if self.complete is None else self.complete
+        held_out = 50 if self.held_out is None else self.held_out
+        return related_data(self.vocab, complete, held_out)  # the same for all seeds
+
+    def measure(self, model, data, start, history):
+        numbers = super().measure(model, data, start, history)
+        numbers["direct_accuracy"] = numbers["validation_accuracy"]
+        numbers["two_step_accuracy"] = chain_of_thought(model, data)
+        return numbers
 
 
 @dataclass
-class ICL(Task):
+class ICL(Experiment):
     """In-context reversal, where the curse does not appear."""
-    vocab: int = flag(400, "entity tokens, a quarter of them for A")
-    complete: int = flag(7, "B's that each A is trained with")
-    held_out: int = flag(3, "B's that each A is asked with")
-    epochs: int = flag(40, "passes over the training sentences", paper=3000)
-    command = task = "icl"
-    unseen, expected = "new pairs", "No curse"
+
+    vocab: int = setting(400, "entity tokens, a quarter of them for A")
+    complete: int = setting(7, "B's that each A is trained with")
+    held_out: int = setting(3, "B's that each A is asked with")
+    epochs: int = setting(40, "passes over the training sentences", paper=3000)
+
+    command = "icl"
+    asked = "new pairs"
+    expected = "no curse"
+
+    def make_data(self, seed):
+        return icl_data(self.vocab, self.complete, self.held_out, seed)
+
+    def matrices(self, model, data):
+        return {}  # no weight is asked about
 
 
-@dataclass
-class BilinearTheory(Settings):
-    """Section 3: the bilinear model, Theorems 1 and 2."""
-    vocab: int = flag(100, "entity tokens, a quarter of them x, a quarter y")
-    dims: int = flag((16, 32, 64, 128, 256, 512, 1024), "embedding dimensions", nargs="+")
-    symmetric: bool = flag(False, "train also with Theta tied to its transpose")
-    epochs: int = flag(1500, "passes over the pairs")
-    lr: float = flag(0.08, "the step of each pair")
-    command, task, batch_size, complete = "bilinear", "reversal", 10**6, 0
-
-    @property
-    def trainings(self):
-        return {f"dim {dim}{', symmetric' * tied}": self.altered(
-                    dim=dim, symmetric=tied, held_out=self.vocab // 4,
-                    expected="No curse" if tied else "The curse")
-                for dim in self.dims for tied in sorted({False, self.symmetric})}
-
-    def make_model(self, data):
-        return Bilinear(self.dim, len(data.names), self.symmetric)
+# What is measured of each part of the data, and what results files call that part.
+JSON_KEYS = {"trained": "train", "asked": "validation", "held-out, trained": "seen"}
+SHOWN = 40  # facts in a heat map; of more, the diagonal is thinner than the eye can see
 
 
-@dataclass
-class OneLayerTheory(Settings):
-    """Section 4: the one-layer transformer, Theorems 3 and 4."""
-    vocab: int = flag(100, "entity tokens, a quarter for each alphabet")
-    complete: int = flag(3, "pairs trained in both directions", least=0)
-    held_out: int = flag(3, "pairs of which one direction is asked")
-    epochs: int = flag(400, "passes over the training sentences")
-    batch_size: int = flag(1, "sentences a step")
-    lr: float = flag(0.25, "the step of each sentence")
-    command = "onelayer"
+@torch.no_grad()
+def heat_maps(model, data, most=None):
+    """Figures 2 and 4: {role: (n, n)}, the logit of the answer of j after the entity of i alone.
 
-    @property
-    def trainings(self):
-        return {"reversal": self.altered(task="reversal"),
-                "chain": self.altered(task="chain", complete=0,  # no A ~> C is trained
-                                      held_out=self.complete + self.held_out)}
-
-    def make_model(self, data):
-        return OneLayer(len(data.names))
+    This is what the paper calls the weight from i to j. No loss is ever taken after an entity
+    alone: a diagonal shows that the pair is stored in the path of the entity itself, whatever the
+    relation adds.
+    """
+    K = data.answer_length
+    maps = {}
+    for role, sentences in (data.train | data.test).items():
+        rows = sentences[:most]
+        answers = rows[:, data.graded - K]
+        logits = [model(part, 1)[:, 0, answers] for part in rows[:, :K].split(200)]
+        maps[role] = torch.cat(logits)
+    return maps
 
 
-# ------------------------------------------------------------------------------------------- Data
-# Token ids of the relations "->", "<-", "~>" (chain) and "<=>" (in-context); entities come after.
-FORWARD, BACKWARD, INDIRECT, EQUIVALENT = 0, 1, 1, 2
+@torch.no_grad()
+def matched_rank(model, data):
+    """(matched rank, NLL of the other candidates): is there a trace of the right answer?
+
+    Accuracy 0 does not say that nothing was learned. A fair measure compares the right answer with
+    its equals: the answers of all asked sentences with the same relation. In the reversal task none
+    of them was ever a target of that relation, so that all were pushed down alike. The place among
+    them, from 0 (first) to 1, averages 0.5 if there is no trace. None if nothing can be compared.
+    """
+    asked = data.test_sentences()
+    at = data.graded - data.answer_length  # where the graded token stands in a sentence
+    relations = asked[:, -data.answer_length - 1]
+    ranks, others = [], []
+    for relation in relations.unique():
+        rows = asked[relations == relation]
+        candidates = rows[:, at].unique()
+        if len(candidates) > 1:
+            log_p = model(rows[:, :at], 1)[:, 0].log_softmax(-1)  # (n, V)
+            right = log_p.gather(1, rows[:, at, None])  # (n, 1)
+            log_p = log_p[:, candidates]
+            equal = (log_p == right).sum(1) - 1  # but for itself; they share their mean rank
+            rank = (log_p > right).sum(1) + equal / 2
+            ranks.append(rank / (len(candidates) - 1))
+            loss_of_others = right[:, 0] - log_p.sum(1)
+            others.append(loss_of_others / (len(candidates) - 1))
+    if not ranks:
+        return None, None
+    rank, loss = torch.cat(ranks).mean(), torch.cat(others).mean()
+    return rank.item(), loss.item()
 
 
-@dataclass
-class Dataset:
-    """The sentences of one seed as token ids, and what is needed to measure and print them."""
-    groups: dict  # role: sentences of T + 1 tokens; the last is asked, never trained
-    names: list  # how to print each token id
-    first: int  # answers are spelled with the ids from here on,
-    letters: int  # so many in an alphabet, one alphabet after the other
-    answer_length: int = 1  # K: the answer is a sentence's last K tokens
-    graded: int = 0  # which of them is measured: the first that tells answers apart
-
-    def __post_init__(self):
-        self.groups = {role: torch.as_tensor(rows) for role, rows in self.groups.items()}
-        *trained, asked = self.groups.values()
-        self.sentences = torch.cat([*trained, asked])  # (n, T + 1)
-        self.trained = len(self.sentences) - len(asked)  # how many, from the first on
+@torch.no_grad()
+def chain_of_thought(model, data):
+    """Accuracy on "A ~> C" in two steps: "A ->", then "B ->" with the model's own answer B."""
+    K = data.answer_length
+    asked = data.test_sentences()  # (n, T + 1)
+    arrow = torch.full_like(asked[:, :1], FORWARD)
+    tokens = torch.hstack([asked[:, :K], arrow])  # A ->
+    for _ in range(K):  # B, token by token
+        tokens = torch.hstack([tokens, model(tokens, 1).argmax(-1)])
+    second_step = torch.hstack([tokens[:, -K:], arrow, asked[:, -K:]])  # B -> C
+    correct = evaluate(model, second_step, K).correct  # (n, K)
+    return correct.all(1).float().mean().item()
 
 
-def draw_facts(vocab, K, complete, held_out, alphabets, rng):
-    """(how many are complete, facts): a fact is a tuple of entities, an entity of K ids."""
-    # None: 70 % and 30 % of min(letters^K, 2 letters); from K = 3 on 100 and 50, to be learnable.
-    letters = vocab // 4
-    share, most = (0.7, 2 * letters) if K < 3 else (2 / 3, min(150, 2 * letters))
-    facts = min(letters**K, most)
-    complete = round(share * facts) if complete is None else complete
-    held_out = facts - round(share * facts) if held_out is None else held_out
-    count, spelled = complete + held_out, range(min(letters**K, sys.maxsize))
-    if held_out < 1 or count > len(spelled):
-        raise ValueError(f"vocab {vocab}: a quarter of it spells {len(spelled)} entities of {K} "
-                         f"tokens, too few for {complete} complete and {held_out} held-out facts")
-    # Which token is which makes no difference, as the weights of all tokens start alike: entity i
-    # of one token is letter i. Longer ones are drawn by their number, 1 of letters^K.
-    entities = []
-    for first in range(2, 2 + alphabets * letters, letters):
-        numbers = range(count) if K == 1 else rng.sample(spelled, count)
-        entities.append([tuple(first + i // letters**k % letters for k in range(K))
-                         for i in numbers])
-    return complete, zip(*entities)
+TRACE = 0.4  # a mean matched rank below it is called a trace of the answer
+OUTCOMES = {
+    "not learned": "Not learned yet",
+    "no curse": "No curse",
+    "some": "Some curse",
+    "trace": "The curse, but a trace",
+    "curse": "The curse, and no trace",
+}
 
 
-def token_names(relations, vocab, **alphabets):
-    """How to print each id: relations, the letters of each alphabet, and "#": in no sentence."""
-    names = [f"{letter}{i}" for letter, count in alphabets.items() for i in range(count)]
-    return relations + names + ["#"] * (vocab - len(names))
-
-
-def reversal_data(vocab=800, entity_length=1, complete=None, held_out=None, facts=(), seed=0):
-    """The reversal task (Section 5): a Dataset of sentences "A -> B" and "B <- A".
-    vocab counts entity tokens, a quarter for A and a quarter for B; a model needs two ids more.
-    facts: vocab // 4 pairs of names. Raises ValueError if the tokens cannot spell the pairs."""
-    # Both directions of a complete pair are trained; of a held-out pair one, chosen by a coin. From
-    # the complete pairs a model could learn that the arrows are inverses, and infer the other one.
-    if facts and (entity_length > 1 or vocab != 4 * len(facts)):
-        raise ValueError(f"vocab {vocab}: {len(facts)} facts need {4 * len(facts)}, of one token")
-    rng, n, groups = random.Random(seed), vocab // 4, defaultdict(list)
-    complete, pairs = draw_facts(vocab, entity_length, complete, held_out, 2, rng)
-    for i, (a, b) in enumerate(pairs):
-        both = [[*a, FORWARD, *b], [*b, BACKWARD, *a]]
-        roles = "complete A -> B", "complete B <- A"
-        if i >= complete:
-            roles = "held-out, trained", "held-out, asked"
-            rng.shuffle(both)  # the coin
-        for role, sentence in zip(roles, both):
-            groups[role].append(sentence)
-    names = token_names(["->", "<-"], vocab, A=n, B=n)
-    for i, pair in enumerate(rng.sample(facts, len(facts))):
-        names[2 + i], names[2 + n + i] = pair
-    return Dataset(groups, names, 2, n, entity_length)
-
-
-def chain_data(vocab=800, entity_length=1, complete=None, held_out=None, related_tokens=False,
-               seed=0):
-    """The chain task (Section 5): a Dataset of "A -> B", "B -> C" and the implied "A ~> C", which
-    is asked of held-out triples. Vocabulary, numbers and errors are those of reversal_data."""
-    rng, n, groups = random.Random(seed), vocab // 4, defaultdict(list)
-    first, K = 2, entity_length
-    if related_tokens:  # "a i", "b i", "c i": three tokens for all triples, and an index for each
-        complete, held_out, first, K = complete or 200, held_out or 50, 5, 2
-        n = complete + held_out
-        if 3 + n > vocab or entity_length > 1:
-            raise ValueError(f"vocab {vocab}: {complete} complete and {held_out} held-out triples "
-                             f"of related tokens need {3 + n}, and entity_length 1")
-        triples = [[(token, first + i) for token in (2, 3, 4)] for i in range(n)]
-        names = token_names(["->", "~>", "a", "b", "c"], vocab - 3, i=n)
+def verdict(results):
+    """(outcome, one of OUTCOMES; the outcome and the numbers that it rests on, in words)."""
+    mean = {name: number["mean"] for name, number in results["summary"].items()}
+    trained, asked = mean["train_accuracy"], mean["validation_accuracy"]
+    rank = mean["matched_rank"]
+    chance = results["chance"]["alphabet"]
+    if trained < 0.99:
+        outcome = "not learned"
+    elif asked > 0.9:
+        outcome = "no curse"
+    elif asked >= 0.1 or mean["validation_nll"] < chance:
+        outcome = "some"
+    elif rank is not None and rank < TRACE:
+        outcome = "trace"
     else:
-        complete, triples = draw_facts(vocab, K, complete, held_out, 3, rng)
-        names = token_names(["->", "~>"], vocab, A=n, B=n, C=n)
-    for i, (a, b, c) in enumerate(triples):
-        part = "complete" if i < complete else "held-out"
-        groups[f"{part} A -> B"].append([*a, FORWARD, *b])
-        groups[f"{part} B -> C"].append([*b, FORWARD, *c])
-        groups[f"{part} A ~> C"].append([*a, INDIRECT, *c])
-    return Dataset(groups, names, first, n, K, graded=int(related_tokens))
+        outcome = "curse"
+    text = (
+        f"{OUTCOMES[outcome]}: {trained:.1%} of the trained sentences are answered right (NLL "
+        f"{mean['train_nll']:.3f}), and {asked:.1%} of the {results['unseen']} (NLL "
+        f"{mean['validation_nll']:.2f}; the chance level within the alphabet is {chance:.2f})."
+    )
+    if rank is not None:
+        text += (
+            f" Among the asked answers of its relation the right one has rank {rank:.3f} (0 is "
+            f"first, 0.5 is chance); the others have NLL {mean['others_nll']:.2f}."
+        )
+    if "two_step_accuracy" in mean:
+        text += f' In two steps, "A ->" and then "B ->", {mean["two_step_accuracy"]:.1%} are right.'
+    if mean.get("asked_cosine", 0) > 0.9999:
+        text += (
+            " The entities asked about were never an input: their input vectors still point where "
+            f"they did at the start (cosine {mean['asked_cosine']:.7f})."
+        )
+    return outcome, text
 
 
-def icl_data(vocab=400, complete=7, held_out=3, seed=0):
-    """In-context reversal: a Dataset of sentences "A -> B <=> B <- A", whose last A is asked."""
-    # Each A meets the same B's. With `held_out` of them, drawn for each A, it is only asked.
-    rng, n, partners = random.Random(seed), vocab // 4, complete + held_out
-    if n < 1 or n + partners > vocab:
-        raise ValueError(f"vocab {vocab}: too few tokens for {n} A's and {partners} B's")
-    groups = defaultdict(list)
-    for a in range(3, 3 + n):
-        for i, b in enumerate(rng.sample(range(3 + n, 3 + n + partners), partners)):
-            sentence = [a, FORWARD, b, EQUIVALENT, b, BACKWARD, a]
-            groups["complete" if i < complete else "held-out"].append(sentence)
-    names = token_names(["->", "<-", "<=>"], vocab, A=n, B=partners)
-    return Dataset(groups, names, 3, n)
+def examples(model, data):
+    """Print asked facts in words: a question, the model's answer and the right one."""
+    at = data.graded - data.answer_length  # where the graded token stands in a sentence
+    for row in data.test_sentences()[:3].cpu():
+        p = model(row[None, :at], 1)[0, 0].softmax(0)
+        question = " ".join(data.names[i] for i in row[:at])
+        guess, right = p.argmax(), row[at]
+        say(
+            f"  {question} ?  {data.names[guess]} (p = {p[guess]:.2g}); "
+            f"right is {data.names[right]} (p = {p[right]:.2g})"
+        )
+
+
+def prepare(experiment):
+    """Check before any work: (experiment with all rules applied, first data, an empty model)."""
+    experiment.check()
+    experiment = copy.copy(experiment)
+    experiment.device = choose_device(experiment.device)
+    try:
+        data = experiment.make_data(experiment.seed)
+        with torch.device("meta"):  # shapes without numbers
+            model = experiment.make_model(data)
+    except ValueError as error:  # raised by the data or the model
+        raise Problem(error) from None
+    if data.answer_length != experiment.answer_length:
+        raise Problem(f"{type(experiment).__name__}.answer_length: differs from that of its data")
+    if any(True for _ in model.buffers()):  # vmap would not stack them
+        raise Problem(f"{type(model).__name__}: make its buffers parameters without a gradient")
+    n = len(data.train_sentences())
+    experiment.batch_size = min(experiment.batch_size, n)
+    if experiment.epochs is None:
+        steps = math.ceil(n / experiment.batch_size)  # of an epoch
+        experiment.epochs = max(experiment.least_epochs, math.ceil(480 / steps))
+    return experiment, data, model
+
+
+def train_group(experiment, seeds, keeper):
+    """Train a model for each of these seeds side by side: (models, {seed: (numbers, matrices)})."""
+    datasets = []
+    models = []
+    starts = []  # the input vectors before the training
+    for seed in seeds:
+        with torch.device(experiment.device):
+            datasets.append(experiment.make_data(seed))
+        torch.manual_seed(seed)
+        models.append(experiment.make_model(datasets[-1]).to(experiment.device))
+        start = experiment.input_vectors(models[-1])
+        starts.append(start if start is None else start.detach().clone())
+    try:
+        history, frames = train(experiment, models, datasets, seeds, keeper)
+    except FloatingPointError as error:
+        return models, {"diverged": f"{keeper.label}: {error}"}  # all processes will hear of it
+    rows = {}
+    for s, seed in enumerate(seeds):
+        own = {epoch: evaluations[s] for epoch, evaluations in history.items()}
+        numbers = experiment.measure(models[s], datasets[s], starts[s], own)
+        matrices = {}
+        if seed == experiment.seed:
+            for name, matrix in experiment.matrices(models[s], datasets[s]).items():
+                matrices[name] = matrix.detach().half().cpu().numpy()
+            for role in frames.get(0, {}):
+                stacked = torch.stack([maps[role] for maps in frames.values()])
+                matrices[f"frames {role}"] = stacked.half().cpu().numpy()
+        rows[seed] = numbers, matrices
+        models[s].cpu()
+    return models, rows
+
+
+def results_of(experiment, data, rows):
+    """The results of all seeds, from the (numbers, matrices) of each, and the first data."""
+    summary, curves = {}, {"epoch": experiment.eval_epochs()}
+    matrices = rows[0][1]
+    for name in rows[0][0]:
+        values = [numbers[name] for numbers, _ in rows]
+        if isinstance(values[0], list):
+            curves[name] = values
+            values = [curve[-1] for curve in values]
+        known = [value for value in values if value is not None]
+        mean = float(np.mean(known)) if known else None
+        std = float(np.std(known)) if known else None
+        summary[name] = {"mean": mean, "std": std, "per_seed": values}
+    weights_of_roles, names = {}, {}
+    for role, sentences in (data.train | data.test).items():
+        n = len(sentences)
+        if role in matrices and n > 0:
+            on = matrices[role].trace(dtype=float)
+            off = matrices[role].sum(dtype=float) - on
+            mean = {"diagonal": on / n, "off_diagonal": off / max(1, n * n - n)}
+            weights_of_roles[role] = mean
+        if getattr(experiment, "facts", ()):
+            ends = sentences[:, [0, -1]].tolist()
+            names[role] = [[data.names[token] for token in pair] for pair in ends]
+    chance = {"vocabulary": len(data.names), "alphabet": data.alphabet_size}
+    return {
+        "command": experiment.command,
+        "setting": experiment.variant,
+        "config": asdict(experiment),
+        "unseen": experiment.asked,
+        "expected": experiment.expected,
+        "environment": {"torch": torch.__version__, "device": experiment.device},
+        "counts": {"train": len(data.train_sentences()), "validation": len(data.test_sentences())},
+        "chance": {name: math.log(tokens) for name, tokens in chance.items()},
+        "summary": summary,
+        "weights": weights_of_roles,
+        "curves": curves,
+        "never_trained": list(data.test),
+        "names": names,
+        "matrices": matrices,
+    }
+
+
+def run_trial(experiment, label, keeper):
+    """Train a model for each seed and measure what it knows: the results of one experiment."""
+    experiment, data, model = prepare(experiment)
+    n = len(data.train_sentences())
+    parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    title = f"{label}: seeds {experiment.seeds}, epochs {experiment.epochs}"
+    say(f"{title}, {n} sentences, {parameters:,} parameters")
+    began = time.monotonic()
+    # All seeds train at once, unless --seeds-at-once or the processes of torchrun divide them.
+    rank, processes = place()
+    mine = range(experiment.seed, experiment.seed + experiment.seeds)[rank::processes]
+    if not mine:
+        raise Problem(f"process {rank} of {processes}: has no seed, as --seeds {experiment.seeds}")
+    size = experiment.seeds if experiment.seeds_at_once is None else experiment.seeds_at_once
+    models, rows = [], {}
+    for i in range(0, len(mine), size):
+        seeds = mine[i : i + size]
+        keeper.prepare(experiment, label, seeds)
+        group, measured = train_group(experiment, seeds, keeper)
+        models += group
+        rows |= measured
+    rows = join(rows)
+    if label == experiment.stem:
+        examples(models[0], data)
+    results = results_of(experiment, data, rows) | {"value": label, "title": title}
+    steps = experiment.epochs * math.ceil(n / experiment.batch_size)
+    seconds = time.monotonic() - began
+    results["seconds"] = seconds
+    cost = {"sentences": n, "steps": steps, "parameters": parameters, "seconds": seconds}
+    results |= {"cost": cost, "models": models, "experiment": experiment}
+    experiment.conclude(results)
+    say(results["verdict"])
+    return results
+
+
+# What `ablate` tries on each axis, {axis: {value: the settings that it changes}}: Figures 5 to 12.
+AXES = {
+    "vocab": {n: {"vocab": int(n)} for n in ("20", "50", "200", "2000")},
+    "entity-length": {n: {"entity_length": int(n)} for n in "23"},
+    "layers": {n: {"layers": int(n)} for n in "1248"},
+    "heads": {n: {"heads": int(n)} for n in "1248"},
+    "position": {way: {"position": way} for way in ("none", "absolute", "relative")},
+    "embeddings": {
+        "learned": {"freeze_embeddings": False, "tie_embeddings": False},
+        "frozen": {"freeze_embeddings": True, "tie_embeddings": False},
+        "tied": {"freeze_embeddings": False, "tie_embeddings": True},
+    },
+    "size": {
+        "1x20": {"layers": 1, "dim": 20, "heads": 4, "cosine": True},
+        "1x256": {"layers": 1, "dim": 256, "heads": 4, "cosine": True},
+        "12x20": {"layers": 12, "dim": 20, "heads": 4, "cosine": True},
+    },
+    "related-tokens": {
+        n: {"related_tokens": True, "complete": int(n)}
+        for n in ("10", "20", "50", "100", "200", "500")
+    },
+}
+# On a laptop the many trainings are smaller, but those of two axes need other sizes to be learned.
+ABLATE_LAPTOP = {"seeds": 3, "vocab": 400}
+ABLATE_LAPTOP_OF = {
+    "entity-length": {"vocab": 200, "epochs": 300},
+    "related-tokens": {"vocab": 800},
+}
+
+
+@dataclass
+class Sweep:
+    """Several experiments that are trained, saved and drawn together."""
+
+    command: str
+    stem: str  # the name of the result files
+    trials: dict  # {label: experiment}
+    keep: set = frozenset()  # names of the matrices that its pictures need
+
+
+def ablate(axis=None, task=None, values=None, preset="laptop", **given):
+    """A Sweep with a training for each value of an axis, or of all axes of the paper.
+
+    axis: one of AXES, or the name of any setting of the task, whose values are then needed.
+    """
+    if task is None:
+        task = "chain" if axis == "related-tokens" else "reversal"
+    experiment = TASKS[task]
+    stem = "ablate" if task == "reversal" else f"ablate-{task}"
+    axes = [name for name in AXES if name != "related-tokens" or task == "chain"]
+    trials = {}
+    if axis is None:
+        if values is not None:
+            raise Problem(f"--values: need an axis, such as {', '.join(axes)}")
+        for axis in axes:
+            trials |= ablate(axis, task, None, preset, **given).trials
+        return Sweep("ablate", stem, trials, {"cosine"})
+
+    axis = axis.replace("_", "-")
+    known = {f.name: f for f in fields(experiment)}
+    field_of_axis = known.get(axis.replace("-", "_"))
+    if axis not in axes and field_of_axis is None:
+        raise Problem(f"ablate {axis}: must be one of {', '.join(axes)}, or a flag of {task}")
+    if values is None and axis not in AXES:
+        raise Problem(f"--values: needed to ablate {axis}")
+    for value in AXES[axis] if values is None else values:
+        changes = AXES.get(axis, {}).get(str(value))
+        if changes is None:
+            changes = read_value(field_of_axis, axis, value)
+        for name in given:
+            if name in changes or name not in known:
+                raise Problem(f"--{name.replace('_', '-')}: does not go with ablate {axis}")
+        usual = ABLATE_LAPTOP | ABLATE_LAPTOP_OF.get(axis, {})
+        if "facts" in given | changes:
+            usual = {"seeds": 3}
+        if preset == "paper":
+            trials[f"{axis} {value}"] = experiment.paper(**(given | changes))
+        else:
+            trials[f"{axis} {value}"] = experiment(**(usual | given | changes))
+    return Sweep("ablate", f"{stem}-{axis}", trials, {"cosine"})
+
+
+def read_value(f, axis, value):
+    """{the setting: its value}, read as the command line would read it."""
+    if f is None:
+        raise Problem(f"--values {value}: must be one of {', '.join(AXES[axis])}")
+    if f.type in (str, tuple) or not isinstance(value, str):
+        return {f.name: value}
+    try:
+        return {f.name: float(value) if f.type is float else int(value)}
+    except ValueError:
+        hint = "; write blanks between values" if "," in value else ""
+        raise Problem(f"--values {value}: not a value of {axis}{hint}") from None
 
 
 # ----------------------------------------------------------------------------------------- Theory
-# Theorem 1. For any epsilon, if dim is large enough, L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon
-# at all times t of gradient flow: the forward loss L may go to 0, the reversal loss L_rev stays.
-# Theorem 2. When the forward loss has become small, the reversal loss is still bounded below.
-# Why: for x -> y gradient descent adds x (y - sum_j p_j v_j)^T to Theta. That moves x^T Theta y by
-# |x|^2 |y|^2, about 1, but y^T Theta x by products of nearly orthogonal vectors, about 1 / dim.
+# Section 3: the bilinear model. Assumptions: embeddings are random, fixed and nearly orthogonal;
+# gradient flow on the mean loss L of the pairs x -> y, from Theta = 0. L_rev is that of y -> x.
+#
+# Theorem 1. For any epsilon, with high probability and for d large enough, at all times t
+#     L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon:
+# the forward loss may go to 0, the reversal loss stays where it was.
+# Theorem 2. With high probability and for d large enough, when L first is as small as any c > 0,
+# L_rev is still at least log(m/2), that of a guess among half of the m tokens.
+#
+# Why. For x -> y a step of gradient descent adds h x (y - sum_j p_j v_j)^T to Theta.
+#     Forward:  x^T Theta y moves by h |x|^2 (|y|^2 - sum_j p_j v_j.y), about h (1 - p_y).
+#     Reverse:  y^T Theta x moves by h (y.x) (y.x - sum_j p_j v_j.x), products of two different
+#               random vectors: (y.x)^2 is about 1/d.
+# This is about gradient descent: Adam rescales a small gradient, and only one that is exactly zero
+# protects a weight from it.
 
 
 class Bilinear(nn.Module):
     """The bilinear model (Section 3): token ids (..., T), x the first, to logits (..., 1, V) of y.
-        l(y|x) = x^T Theta y,   p(y|x) = exp l(y|x) / sum_j exp l(v_j|x)
-    x, y, v_j are drawn from N(0, I / dim) and, as in the theorems, not trained. Theta is trained
-    from 0; with symmetric, (Theta + Theta^T) / 2 stands in its place."""
 
-    def __init__(self, dim, vocab_size, symmetric=False, train_embeddings=False):
+        l(y|x) = x^T Theta y,   p(y|x) = exp l(y|x) / sum_j exp l(v_j|x)
+
+    x, y, v_j are drawn from N(0, I / dim) and not trained. Theta is trained from 0; if symmetric,
+    (Theta + Theta^T) / 2 stands in its place.
+    """
+
+    def __init__(self, dim, vocab_size, symmetric=False):
         super().__init__()
         self.symmetric = symmetric
         embeddings = torch.randn(vocab_size, dim, dtype=torch.float64) / math.sqrt(dim)
         if dim > vocab_size:
             # With E^T = Q R, the rows of R^T are the same vectors in fewer coordinates.
             embeddings = torch.linalg.qr(embeddings.mT).R.mT
-        self.embeddings = nn.Parameter(embeddings, train_embeddings)  # (V, D)
-        self.Theta = nn.Parameter(torch.zeros_like(embeddings.mT @ embeddings))  # (D, D)
+        width = embeddings.shape[1]  # D
+        self.embeddings = nn.Parameter(embeddings, requires_grad=False)  # (V, D)
+        self.Theta = nn.Parameter(torch.zeros(width, width, dtype=torch.float64))
 
     def forward(self, tokens, last=1):
         theta = (self.Theta + self.Theta.mT) / 2 if self.symmetric else self.Theta
-        x = self.embeddings[tokens[..., :1]]  # (..., 1, D)
+        x = self.embeddings[tokens[..., 0]][..., None, :]  # (..., 1, D)
         return x @ theta @ self.embeddings.mT  # x^T Theta v for all v: (..., 1, V)
 
 
-# Theorem 3. Trained sentences reach a probability near 1, unseen ones stay at 1/V or below.
+def closed_form(times, M, N):
+    """NLL of N trained sentences after each of `times` of gradient flow on their mean loss, in both
+    models, for M orthonormal embeddings. u is the target's logit above any other:
+
+        N/M (exp(u) + (M - 1) u - 1) = t,   NLL = log(1 + (M - 1) exp(-u))
+
+    Inputs that are not trained stay at log M.
+    """
+    u = np.linspace(0, math.log1p(M / N * max(times)), 100_001)
+    t = N / M * (np.expm1(u) + (M - 1) * u)  # rises with u, so that u(t) is read off the table
+    loss = np.log1p((M - 1) * np.exp(-u))
+    return np.interp(times, t, loss)
+
+
+def closed_form_symmetric(times, M, N):
+    """The same for the symmetric bilinear model, which has two unknowns: the logits, above that of
+    any other token, of the target, a, and of each of the N inputs, b.
+
+        a' = (1 - p_a + p_o) / 2N,   b' = (p_o / 2 - p_b) / N,   p = exp(a), exp(b), 1 over Z
+
+    Half of each step goes to the transpose, whence the 2; that of b comes back to b, since x and
+    x' are both inputs. a' > 0, so that b and t are found as functions of a, by midpoint steps.
+    """
+
+    def rates(a, b):
+        Z = math.exp(a) + N * math.exp(b) + M - 1 - N
+        p_a, p_b = math.exp(a) / Z, math.exp(b) / Z
+        a_rate = (1 - p_a + 1 / Z) / (2 * N)
+        b_rate = (0.5 / Z - p_b) / N
+        return a_rate, b_rate, math.log(Z) - a
+
+    step, a, b = 0.002, 0.0, 0.0
+    t, losses = [0.0], [math.log(M)]
+    while t[-1] < max(times):
+        a_rate, b_rate, _ = rates(a, b)
+        a_rate, b_rate, _ = rates(a + step / 2, b + step / 2 * b_rate / a_rate)
+        a += step
+        b += step * b_rate / a_rate
+        t.append(t[-1] + step / a_rate)
+        losses.append(rates(a, b)[2])
+    return np.interp(times, t, losses)
+
+
+def first_below(losses, level, others):
+    """`others` where `losses` first reach a level, interpolated in log loss; None if they do not."""
+    for i in range(1, len(losses)):
+        if losses[i] <= level:
+            now = math.log(losses[i])
+            before = math.log(losses[i - 1])
+            share = (math.log(level) - before) / (now - before)
+            return others[i - 1] + share * (others[i] - others[i - 1])
+    return None
+
+
+def hold_against_theory(results, lr, form):
+    """Turn the curves over epochs into curves over the time of gradient flow on the mean loss, and
+    hold them against Theorem 1 and the closed form. Returns L and L_rev, (S, points)."""
+    curves, N = results["curves"], results["counts"]["train"]
+    start = results["chance"]["vocabulary"]  # L(0) = L_rev(0) = log V
+    L, L_rev = np.array(curves["train_nll"]), np.array(curves["validation_nll"])
+    times = np.array(curves["epoch"]) * lr * N
+    expected = form(times, round(math.exp(start)), N)
+    # Theorem 1, L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon, holds from this epsilon on.
+    needed = np.log(L_rev / start)[:, 1:] / np.log(L / start)[:, 1:]
+    shift = L_rev[:, -1] - start
+    results |= results["config"] | {
+        "epsilon": max(0.0, needed.max()),
+        "shift": shift.tolist(),
+        "reversal_shift": shift.mean(),
+        "closed_form_gap": abs(L - expected).max(),
+        "trained_probability_min": math.exp(-L[:, -1].max()),
+        "unseen_probability_max": math.exp(-L_rev.min()),
+        "curves": {
+            "time": times.tolist(),
+            "forward_nll": L.tolist(),
+            "reversal_nll": L_rev.tolist(),
+            "closed_form": [expected.tolist()],
+        },
+    }
+    results["verdict"] += (
+        f" p of the trained is at least {results['trained_probability_min']:.3f}, of the asked at "
+        f"most {results['unseen_probability_max']:.4f}. L_rev shifts by {shift.mean():+.4f}. The "
+        f"closed form is within {results['closed_form_gap']:.3f}."
+    )
+    return L, L_rev
+
+
+@dataclass
+class BilinearTheory(Settings):
+    """Section 3: the bilinear model, of whose pairs one direction is trained."""
+
+    vocab: int = setting(100, "entity tokens, a quarter of them x, a quarter y")
+    complete: int = setting(0, "pairs of which both directions are trained")
+    dim: int = setting(1024, "embedding dimension")
+    symmetric: bool = setting(False, "also tie Theta to its transpose")
+    epochs: int = setting(1300, "passes over the pairs")
+    lr: float = setting(0.4, "the step of each pair")
+
+    command = "bilinear"
+    batch_size = 10**6  # all at once
+
+    @property
+    def expected(self):
+        if self.dim < 64:  # too few dimensions for the theorems
+            return None
+        return "no curse" if self.symmetric else "curse"
+
+    def make_data(self, seed):
+        held_out = self.vocab // 4 - self.complete
+        return reversal_data(self.vocab, 1, self.complete, held_out, seed=seed)
+
+    def make_model(self, data):
+        return Bilinear(self.dim, len(data.names), self.symmetric)
+
+    def measure(self, model, data, start, history):
+        numbers = super().measure(model, data, start, history)
+        # Theorem 1's bound is tightest at Theta = 0, where its epsilon is the slope dL_rev / dL
+        # along the flow. Over seeds it has mean 1/d and standard deviation about sqrt(2)/d.
+        zero = copy.deepcopy(model)
+        nn.init.zeros_(zero.Theta)
+        forward = torch.autograd.grad(nll(zero, data.train_sentences()), zero.Theta)[0]
+        reverse = torch.autograd.grad(nll(zero, data.test_sentences()), zero.Theta)[0]
+        slope = (forward * reverse).sum() / forward.square().sum()
+        numbers["slope"] = slope.item()
+        # L_rev = normaliser - own logit. The own logit rises by about u/d, u the forward logit. But
+        # y's logits of all x move by about u/sqrt(d), up or down, and the logarithm of a sum of
+        # exponentials grows with their spread: the normaliser rises by more. L_rev gets no help.
+        asked = data.test_sentences()
+        logits = model(asked[:, :-1])[:, 0].detach()  # (n, V)
+        own = logits.gather(1, asked[:, -1:]).mean().item()
+        normaliser = logits.logsumexp(1).mean().item()
+        numbers["own_logit_shift"] = -own
+        numbers["normaliser_shift"] = normaliser - math.log(len(data.names))
+        return numbers
+
+    def matrices(self, model, data):
+        return entity_map(model, data)
+
+    def conclude(self, results):
+        super().conclude(results)
+        form = closed_form_symmetric if self.symmetric else closed_form
+        L, L_rev = hold_against_theory(results, self.lr, form)
+        results["slope"] = results["summary"]["slope"]["per_seed"]
+        results["theorem_2"] = {}
+        for c in (0.1, 0.01):
+            reached = [first_below(forward, c, reverse) for forward, reverse in zip(L, L_rev)]
+            results["theorem_2"][str(c)] = reached
+            words = "not reached" if None in reached else f"{min(reached):.2f}"
+            results["verdict"] += f" At L = {c}, L_rev is at least {words}."
+        bound = results["chance"]["vocabulary"] - math.log(2)
+        results["verdict"] += (
+            f" Theorem 2 wants {bound:.2f}. Slope of L_rev at the start: {min(results['slope']):+.4f}"
+            f" to {max(results['slope']):+.4f}; theory: 1/d = {1 / self.dim:.4f}."
+        )
+
+
+DIMS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def bilinear(dims=DIMS, symmetric=False, **given):
+    """A Sweep of the bilinear model over dimensions, with Theta also symmetric if wanted.
+
+    With Theta symmetric the logits are the same in both directions, the normalisers are not: L_rev
+    falls with L, and stays a little above it.
+    """
+    trials = {}
+    for dim in dims:
+        trials[f"dim {dim}"] = BilinearTheory(dim=dim, **given)
+        if symmetric:
+            trials[f"dim {dim}, symmetric"] = BilinearTheory(dim=dim, symmetric=True, **given)
+    return Sweep("bilinear", "bilinear", trials)
+
+
+@torch.no_grad()
+def entity_map(model, data):
+    """The logits between all entities, A and then B, each read alone; and which are trained."""
+    entities = torch.arange(2, 2 + 2 * data.alphabet_size, device=data.train_sentences().device)
+    trained = torch.zeros(len(data.names), len(data.names), device=entities.device)
+    sentences = data.train_sentences()
+    read, said = sentences[:, 0], sentences[:, -1]
+    trained[read, said] = 1.0
+    logits = model(entities[:, None], 1)[:, 0]  # (2n, V)
+    return {"entities": logits[:, entities], "trained": trained[entities][:, entities]}
+
+
+# Section 4: the one-layer transformer. Assumptions: one-hot tokens, Y and Z zero at the start, one
+# sentence a step, a large vocabulary.
+#
+# Theorem 3. Trained sentences reach a probability near 1, their reversals stay at 1/V or below.
 # Theorem 4. Of a chain p(B|A) and p(C|B) go to 1, and p(C|A ~>) stays at 1/V or below.
-# Why: for "A ->" the context is A alone, so b = 1, f = A, and the answer is row A of Y. Z has no
-# gradient. Training on "A -> B" never touches row B: the curse, in one line.
+#
+# Why. For "A ->" the context is A alone, so that b = 1 and f = A, and the logits are row A of Y. Z
+# has no gradient. Training on "A -> B" never touches row B: the curse, in one line.
 
 
 class OneLayer(nn.Module):
     """The one-layer transformer (Section 4, after Tian et al. 2023): token ids (..., T), the last,
     x_T, is the query and the others are the context, to logits (..., 1, V) of the next token.
+
         b = softmax over the context of Z[x_T, x_t],   f = X^T b / |X^T b|,   logits = Y^T f
 
     X has the one-hot vectors of the context. Y and Z (V, V), 0 at the start, stand for products of
-    the usual weights and embeddings."""
+    the usual weights and embeddings.
+    """
 
     def __init__(self, vocab_size):
         super().__init__()
         self.Y = nn.Parameter(torch.zeros(vocab_size, vocab_size, dtype=torch.float64))
-        self.Z = nn.Parameter(torch.zeros_like(self.Y))
+        self.Z = nn.Parameter(torch.zeros(vocab_size, vocab_size, dtype=torch.float64))
 
     def forward(self, tokens, last=1):
         context, query = tokens[..., :-1], tokens[..., -1:]
@@ -435,732 +1417,758 @@ class OneLayer(nn.Module):
         return f @ self.Y
 
 
-def closed_form(times, M, N):
-    """NLL of N trained sentences after each of `times` of gradient flow on their mean loss, in both
-    models, for M orthonormal embeddings. u is the target's logit above any other:
-        N/M (exp(u) + (M - 1) u - 1) = t,   NLL = log(1 + (M - 1) exp(-u))"""
-    # t(u) rises, so u(t) is read off a fine table. Untrained contexts stay at log M.
-    u = np.linspace(0, math.log1p(M / N * max(times)), 100_001)
-    t = N / M * (np.expm1(u) + (M - 1) * u)
-    return np.interp(times, t, np.log1p((M - 1) * np.exp(-u)))
+@dataclass
+class OneLayerTheory(Settings):
+    """Section 4: the one-layer transformer on the reversal task (Theorem 3)."""
 
+    vocab: int = setting(100, "entity tokens, a quarter for each alphabet")
+    complete: int = setting(3, "pairs trained in both directions")
+    held_out: int = setting(3, "pairs of which one direction is asked")
+    epochs: int = setting(400, "passes over the training sentences")
+    batch_size: int = setting(1, "sentences a step")
+    lr: float = setting(0.25, "the step of each sentence")
 
-# ------------------------------------------------------------------------------------------ Model
+    command = "onelayer"
 
+    def make_data(self, seed):
+        return reversal_data(self.vocab, 1, self.complete, self.held_out, seed=seed)
 
-class Attention(nn.Module):
-    """Causal self-attention with H heads: softmax(Q K^T / sqrt(D/H)) V, and no token looks ahead.
-    rotary: relative positions by turning queries and keys (Su et al. 2021)."""
-    causal = True
-    def __init__(self, dim, heads, rotary=False, dropout=0.0):
-        super().__init__()
-        self.heads, self.rotary = heads, rotary
-        self.c_attn = nn.Linear(dim, 3 * dim)  # queries, keys and values in one product
-        self.c_proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+    def make_model(self, data):
+        return OneLayer(len(data.names))
 
-    def forward(self, x, last):
-        """x (B, T, D) to (B, last, D): what the last tokens gather from all T."""
-        B, T, D = x.shape
-        # (B, T, 3D) -> (B, T, 3, H, D/H) -> three times (B, H, T, D/H)
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if self.rotary:
-            q, k = self.rotate(q), self.rotate(k)
-        # The query of token t asks and the key of token s answers: q_t . k_s / sqrt(D/H) scores how
-        # much t listens to s. Among the s up to t, softmax turns the scores into shares.
-        scores = q[:, :, T - last:] @ k.mT / math.sqrt(D // self.heads)
-        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(T - last + 1)  # (last, T)
-        # The attention pattern, (B, H, last, T). To see it, print it below, with --seeds 1.
-        shares = scores.masked_fill(future & self.causal, -math.inf).softmax(-1)
-        heard = self.dropout(shares) @ v  # (B, H, last, D/H): sum over s of share times v_s
-        return self.dropout(self.c_proj(heard.transpose(1, 2).reshape(B, last, D)))
+    def matrices(self, model, data):
+        return {"Y": model.Y}
 
-    @staticmethod
-    def rotate(x):
-        """Turn pair i of token t, x (..., T, D/H), by the angle t * 10000^(-2i / (D/H))."""
-        T, width = x.shape[-2:]
-        speed = 10000.0 ** (-torch.arange(0, width, 2, device=x.device) / width)
-        angle = torch.arange(T, device=x.device)[:, None] * speed  # (T, D/2H)
-        pairs = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * angle)
-        return torch.cat([pairs.real, pairs.imag], -1)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): from D to 4D, through GELU, and back to D."""
-
-    def __init__(self, dim, heads, rotary=False, dropout=0.0):
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads, rotary, dropout)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(dim, 4 * dim), gelu=nn.GELU("tanh"), c_proj=nn.Linear(4 * dim, dim),
-            dropout=nn.Dropout(dropout)))
-
-    def forward(self, x, last):
-        x = x[:, -last:] + self.attn(self.ln_1(x), last)
-        return x + self.mlp(self.ln_2(x))
-
-
-class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019) by hand: token ids (B, T) to logits (B, last, vocab_size).
-    position: "none", "absolute" (learned) or "relative" (rotary). T is block_size at most. Raises
-    ValueError if dim cannot be divided among the heads."""
-    # The output matrix is a weight of its own, as in the authors' code, unless tie_embeddings.
-    # Parameters are named as in the published GPT-2, which stores linear weights transposed.
-
-    def __init__(self, vocab_size, block_size, layers, heads, dim, position="absolute",
-                 dropout=0.0, tie_embeddings=False):
-        super().__init__()
-        rotary = position == "relative"
-        unit = heads * (1 + rotary)  # rotary positions turn pairs of entries
-        if dim % unit:
-            raise ValueError(f"dim {dim}: must be a multiple of {unit} for {position} positions")
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(vocab_size, dim), "drop": nn.Dropout(dropout),
-            "h": nn.ModuleList(Block(dim, heads, rotary, dropout) for _ in range(layers)),
-            "ln_f": nn.LayerNorm(dim)})
-        if position == "absolute":
-            self.transformer["wpe"] = nn.Embedding(block_size, dim)
-        self.lm_head = nn.Linear(dim, vocab_size, bias=False)
-        if tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-        # GPT-2's start: weights of 0.02, smaller for the two sums of each block, to keep x small.
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(weight)
-            elif "ln_" not in name:
-                shrink = math.sqrt(2 * layers) if "c_proj" in name else 1
-                nn.init.normal_(weight, 0, 0.02 / shrink)
-
-    def forward(self, tokens, last=None):
-        """Logits after the `last` last of the tokens; after each of them if None."""
-        # The final block computes no more than these need. That saves a tenth of the training.
-        parts, T = self.transformer, tokens.shape[1]
-        x = parts.wte(tokens)  # (B, T, D)
-        if "wpe" in parts:
-            x = x + parts.wpe.weight[:T]
-        x = parts.drop(x)
-        *blocks, final = parts.h
-        for block in blocks:
-            x = block(x, T)
-        return self.lm_head(parts.ln_f(final(x, last or T)))  # (B, last, V)
-
-
-# --------------------------------------------------------------------------------------- Training
-NLL_CEILING = -math.log(1e-50)  # the authors clip p at 1e-50, so their curves saturate at 115
-PART = 200  # sentences measured at a time: they stay in a processor's cache, and need little memory
-
-
-def nll(model, sentences, last=1):
-    """Mean -log p of the last tokens of sentences (B, T + 1), each given those before it."""
-    logits, targets = model(sentences[:, :-1], last), sentences[:, -last:]  # (B, last, V)
-    return -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
-
-
-# A model and a loss are written for one seed; vmap runs the stacked weights of all S side by side,
-# each as it would run alone, but for dropout masks. One optimizer is enough: no seed's loss has a
-# gradient for another seed's weights, and AdamW and SGD treat each number by itself.
-
-
-def train(s, models, datasets, seeds, record=None):
-    """Train a model for each seed, each on its own data and in its own order. Returns what evaluate
-    gives of all sentences at all s.points(), (S, points, n, 3, K), and each record(first model)."""
-    module, data = models[0], datasets[0]
-    sentences = torch.stack([data.sentences for data in datasets]).to(s.device)  # (S, n, T + 1)
-    models = [model.to(s.device) for model in models]
-    alone = len(models) == 1  # without vmap a large model is twice as fast on a processor
-    weights = dict(module.named_parameters()) if alone else stack_module_state(models)[0]
-    optimizer = s.make_optimizer([each for each in weights.values() if each.requires_grad])
-    orders = [torch.Generator().manual_seed(seed) for seed in seeds]
-    keeper = Keeper(s, seeds, weights, optimizer, orders)
-    start, measured, frames = keeper.load()
-
-    def own(i):  # the weights of seed i, from (S, ...)
-        return weights if alone else {name: each[i] for name, each in weights.items()}
-    def bind(state):  # the model with these weights
-        return lambda *inputs: functional_call(module, state, inputs)
-    def each_seed(function, tokens):  # function(model, tokens, data) of each seed, tokens (S, B, T)
-        if alone:
-            return function(bind(own(0)), tokens[0], data)[None]
-        return vmap(lambda state, tokens: function(bind(state), tokens, data),
-                    randomness="different")(weights, tokens)
-
-    for epoch in range(start, s.epochs + 1):
-        if epoch in s.points()[len(measured):]:
-            module.eval()
-            with torch.no_grad():
-                parts = [each_seed(evaluate, part) for part in sentences.split(PART, 1)]
-                measured.append(torch.cat(parts, 1))  # (S, n, 3, K)
-                frames += [record(bind(own(0)))] if record else []
-        keeper.keep(epoch, measured, frames)
-        if epoch == s.epochs:
-            break
-        # Shuffle. Each seed has its own order; the asked sentences, which come last, are not in it.
-        module.train()
-        order = torch.stack([torch.randperm(data.trained, generator=g) for g in orders])
-        for rows in order.to(s.device).split(s.batch_size, 1):  # (S, B)
-            batch = sentences.take_along_dim(rows[..., None], 1)  # (S, B, T + 1)
-            optimizer.zero_grad()
-            each_seed(s.batch_loss, batch).sum().backward()
-            optimizer.step()
-    for i, model in enumerate(models):
-        model.eval().load_state_dict(own(i), False)
-    return torch.stack(measured, 1), frames
-
-
-# -------------------------------------------------------------------------------------- Measuring
-
-
-def evaluate(model, sentences, data):
-    """NLL, right or not, and rank in its alphabet, of each token of the answers: (B, 3, K)."""
-    K = data.answer_length
-    logits, targets = model(sentences[:, :-1], K), sentences[:, -K:, None]  # (B, K, V), (B, K, 1)
-    picked = logits.gather(-1, targets)
-    wrong = (logits.logsumexp(-1, keepdim=True) - picked).clamp(max=NLL_CEILING)
-    begin = targets - (targets - data.first) % data.letters  # of its alphabet, if it is in one
-    own = logits.gather(-1, begin.clamp(0) + torch.arange(data.letters, device=logits.device))
-    rank = 1 + (own > picked).sum(-1, keepdim=True)
-    return torch.cat([wrong, logits.argmax(-1, keepdim=True) == targets, rank], -1).mT
-
-
-def heat_maps(model, data, most=None):
-    """Figures 2 and 4: {role: (n, n)}, logits of the answer of j after the entity of i alone."""
-    K, maps = data.answer_length, {}
-    for role, rows in data.groups.items():
-        rows = rows[:most]
-        maps[role] = torch.cat([model(part[:, :K], 1)[:, 0, rows[:, data.graded - K]]
-                                for part in rows.split(PART)])
-    return maps
-
-
-def chain_of_thought(model, asked, data):
-    """Accuracy on "A ~> C" (B, T + 1) in two steps: "A ->", then "B ->" of the model's own B."""
-    K, arrow = data.answer_length, torch.full_like(asked[:, :1], FORWARD)
-    tokens = torch.hstack([asked[:, :K], arrow])  # A ->
-    for _ in range(K):  # B, token by token
-        tokens = torch.hstack([tokens, model(tokens, 1).argmax(-1)])
-    steps = torch.hstack([tokens[:, -K:], arrow, asked[:, -K:]])  # B -> C
-    return evaluate(model, steps, data)[:, 1].prod(1).mean().item()
-
-
-# ------------------------------------------------------------------------------------ Experiments
-
-
-def prepare(s):
-    """Check before any work: (settings by all rules, data of the first seed, an empty model)."""
-    s.check()
-    s = s.altered(device=choose_device(s.device))
-    try:
-        data = s.make_data(s.seed)
-        with torch.device("meta"):
-            model = s.make_model(data)
-        s.batch_size = min(s.batch_size, data.trained)
-        s.make_optimizer(model.parameters())
-    except ValueError as error:  # raised by the data, the model or the optimizer
-        raise Problem(error) from None
-    steps = math.ceil(data.trained / s.batch_size)  # of an epoch
-    s.epochs = s.epochs or max(s.least_epochs, math.ceil(480 / steps))
-    s.steps = s.epochs * steps
-    return s, data, model
-
-
-def experiment(s):
-    """Train a model for each seed, and measure what it knows: all of reversal, chain and icl."""
-    s, data, model = prepare(s)
-    cost = {"sentences": data.trained, "steps": s.steps,
-            "parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}
-    title = f"{s.label}: {s.seeds} seeds, {s.epochs} epochs"
-    say(f"{title} of {data.trained} sentences, {cost['parameters']:,} parameters"
-        f"{', ' * bool(s.about)}{s.about}")
-    rows, record, began = {}, None, time.monotonic()
-    # All seeds train at once, unless --seeds-at-once or the processes of torchrun divide them.
-    process, processes = place()
-    mine = range(s.seed, s.seed + s.seeds)[process::processes]
-    size = s.seeds_at_once or s.seeds
-    for i in range(0, len(mine), size):
-        seeds = mine[i:i + size]
-        datasets, models = [], []
-        for seed in seeds:
-            with torch.device(s.device):
-                datasets.append(s.make_data(seed))
-            torch.manual_seed(seed)
-            models.append(s.make_model(data))
-        if s.animate:
-            record = partial(heat_maps, data=datasets[0], most=SHOWN)
-        losses, frames = train(s, models, datasets, seeds, record)
-        for j, seed in enumerate(seeds):
-            rows[seed] = measure(s, seed, models[j], datasets[j], losses[j], frames)
-        if s.label == s.name and seeds[0] == s.seed:
-            examples(models[0], datasets[0])
-    results = {"value": s.label, "title": title, "cost": cost, **summarize(s, data, join(rows))}
-    results["verdict"] = verdict(results)
-    results["seconds"] = cost["seconds"] = time.monotonic() - began
-    say(results["verdict"])
-    return results
-
-
-@torch.no_grad()
-def measure(s, seed, model, data, seen, frames):
-    """What one seed knows: ({name: number or curve}, {name: matrix})."""
-    K, N, n = data.answer_length, data.trained, len(data.sentences)
-    found, maps, parts = {}, {}, {"train": slice(N), "validation": slice(N, n)}
-    if s.command == "cure":  # the other direction of the asked facts
-        parts["seen"] = slice(2 * N - n, N)
-    for part, rows in parts.items():
-        own = seen[:, rows]  # (points, n, 3, K)
-        found[f"{part}_nll"] = own[:, :, 0, data.graded].mean(1).tolist()
-        found[f"{part}_accuracy"] = own[-1, :, 1].prod(1).mean().item()
-        found[f"{part}_rank"] = own[-1, :, 2, data.graded].mean().item()
-        if K > 1:
-            found[f"{part}_word_nll"] = own[-1, :, 0].sum(1).mean().item()
-    if s.command == "chain":
-        found["direct_accuracy"] = found["validation_accuracy"]
-        found["two_step_accuracy"] = chain_of_thought(model, data.sentences[N:], data)
-    if isinstance(s, Experiment) and not s.freeze_embeddings:
-        torch.manual_seed(seed)
-        start = next(s.make_model(data).to(s.device).parameters())  # the input vectors
-        cosines = F.cosine_similarity(start, next(model.parameters()))
-        found["asked_cosine"] = cosines[data.sentences[N:, 0]].min().item()
-    if s.cosine:  # Figure 11
-        vectors = F.normalize(model.transformer.wte.weight, dim=-1)
-        maps["cosine"] = vectors @ vectors.mT
-    if s.command == "onelayer":
-        maps["Y"] = model.Y
-    elif s.command != "icl":
-        maps |= heat_maps(model, data)
-    for role in data.groups if frames else ():
-        maps[f"frames {role}"] = torch.stack([frame[role] for frame in frames])
-    return found, {name: matrix.half().cpu().numpy() for name, matrix in maps.items()}
-
-
-def summarize(s, data, rows):
-    """The results, from what measure gives of each seed. Heat maps are of the first."""
-    summary, curves, weights, matrices = {}, {"epoch": s.points()}, {}, rows[0][1]
-    for name, one in rows[0][0].items():
-        values = [found[name] for found, _ in rows]
-        if isinstance(one, list):
-            curves[name], values = values, [curve[-1] for curve in values]
-        summary[name] = {"mean": np.mean(values), "std": np.std(values), "per_seed": values}
-    for role in data.groups:
-        if role in matrices:
-            n, on = len(matrices[role]), matrices[role].trace(dtype=float)
-            off = (matrices[role].sum(dtype=float) - on) / max(1, n * n - n)
-            weights[role] = {"diagonal": on / n, "off_diagonal": off}
-    return {
-        "command": s.command, "setting": s.setting, "config": s.given(), "unseen": s.unseen,
-        "expected": s.expected,
-        "environment": {"torch": torch.__version__, "device": s.device},
-        "counts": {"train": data.trained, "validation": len(data.sentences) - data.trained},
-        "chance": {"vocabulary": math.log(len(data.names)), "alphabet": math.log(data.letters)},
-        "summary": summary, "weights": weights, "curves": curves, "matrices": matrices,
-        "names": {role: [[data.names[row[0]], data.names[row[-1]]] for row in group]
-                  for role, group in data.groups.items() if s.facts}}
-
-
-def examples(model, data):
-    """Print unseen facts in words: a question, the model's answer and the right one."""
-    names, at = data.names, data.graded - data.answer_length  # of the graded token in a sentence
-    for row in data.sentences[data.trained:][:3]:
-        p = model(row[None, :at], 1)[0, 0].softmax(0)
-        question = " ".join(names[i] for i in row[:at])
-        say(f"  {question} ?  {names[p.argmax()]} (p = {p.max():.2g}); "
-            f"right is {names[row[at]]} (p = {p[row[at]]:.2g})")
-
-
-def verdict(results):
-    """What the seeds show on average, in a sentence or two."""
-    mean = {name: number["mean"] for name, number in results["summary"].items()}
-    asked, guess = mean["validation_accuracy"], results["chance"]["alphabet"]
-    word = ("Not learned yet" if mean["train_accuracy"] < 0.99
-            else "The curse" if asked < 0.1 and mean["validation_nll"] > guess
-            else "No curse" if asked > 0.9 else "Some curse")
-    text = (f"{word}: {mean['train_accuracy']:.1%} of the trained sentences are answered right "
-            f"(NLL {mean['train_nll']:.3f}), and {asked:.1%} of the {results['unseen']} (NLL "
-            f"{mean['validation_nll']:.2f}; a guess within the alphabet has {guess:.2f}).")
-    if "two_step_accuracy" in mean:
-        text += f' In two steps, "A ->" and then "B ->", {mean["two_step_accuracy"]:.1%} are right.'
-    if mean.get("asked_cosine", 0) > 0.9999:
-        text += (" The entities asked about were said and never read: their input vectors still "
-                 f"point where they did at the start (cosine {mean['asked_cosine']:.7f}).")
-    return text
+    def conclude(self, results):
+        super().conclude(results)
+        hold_against_theory(results, self.lr, closed_form)
+        data = self.make_data(self.seed)
+        sentences = torch.cat([data.train_sentences(), data.test_sentences()])
+        used = sentences.unique().tolist()
+        results["tokens"] = {token: data.names[token] for token in used}
 
 
 @dataclass
-class Ablate(Chain, Reversal):
-    """Figures 5 to 12: a training for each value of an axis; laptop: 3 seeds, V 400, lr 0.003."""
-    axis: str = flag(None, "vocab, entity-length, layers, heads, position, embeddings, size, "
-                     "related-tokens, or any flag of the task")
-    task: str = flag(None, "what to train [chain for related-tokens, else reversal]",
-                     choices=("reversal", "chain"))
-    values: str = flag(None, "what to try; the axes above have values of their own", nargs="+")
-    command, trainings = "ablate", {}
-    only = "cosine"  # of heat maps there would be too many
-    axes = {"vocab": "20 50 200 2000", "entity-length": "2 3", "layers": "1 2 4 8",
-            "heads": "1 2 4 8", "position": "none absolute relative",
-            "embeddings": "learned frozen tied", "size": "1x20 1x256 12x20",
-            "related-tokens": "10 20 50 100 200 500"}
-    # There are many trainings, so that they are smaller on a laptop.
-    small = {"seeds": 3, "vocab": 400, "lr": 0.003}
-    own = {"entity-length": {"vocab": 200, "epochs": 300}, "related-tokens": {"vocab": 800}}
-    # The flags that a value sets, if it is not --AXIS VALUE.
-    flags = {"size": "--layers {0} --dim {2} --heads 4 --cosine",
-             "related-tokens": "--related-tokens --complete {0}"}
+class OneLayerChain(OneLayerTheory):
+    """Section 4: the one-layer transformer on the chain task (Theorem 4)."""
 
-    def __post_init__(self):
-        names = self.given().keys() - {"axis", "task", "values"}
-        super().__post_init__()
-        self.check()
-        self.task = self.task or ("chain" if self.axis == "related-tokens" else "reversal")
-        kind, self.trainings = KINDS[self.task], {}
-        self.name = f"ablate-{'chain-' * (self.task == 'chain')}{self.axis}"
-        own = self.small | self.own.get(self.axis, {}) if self.preset == "laptop" else {}
-        own |= {name: getattr(self, name) for name in names}  # facts as they were read
-        if self.facts:
-            own["vocab"] = self.vocab
-        for value in map(str, self.values or self.axes.get(self.axis, "").split()):
-            sets = self.vary(value)
-            fixed, known = {*sets, "animate"}, {*kind.__dataclass_fields__}
-            for name in (names | {"preset"}) & fixed | names - known:
-                raise Problem(f"--{name.replace('_', '-')}: does not go with ablate {self.axis}")
-            self.trainings[f"{self.axis} {value}"] = kind(**own | sets)
-        if not self.trainings:
-            raise Problem(f"--values: needed to ablate {self.axis}")
-
-    def vary(self, value):
-        """The fields that a value of the axis sets, {name: value}, read as on the command line."""
-        if self.axis == "embeddings" and value in ("learned", "frozen", "tied"):
-            return {"freeze_embeddings": value == "frozen", "tie_embeddings": value == "tied"}
-        words = f"--{self.axis} {value.replace(',', ' ')}"
-        if self.axis in self.flags:
-            words = self.flags[self.axis].format(*value.partition("x"))
-        return parse([self.task, *words.split()])[1]
+    def make_data(self, seed):  # no "A ~> C" is trained
+        return chain_data(self.vocab, 1, 0, self.complete + self.held_out, seed)
 
 
-def sweep(s):
-    """Carry out the trainings of a command, one after the other."""
-    runs, matrices = [], {}
-    for value, settings in s.trainings.items():
-        runs.append(experiment(settings.altered(label=value, keep=s.keep)))
-        for name, matrix in runs[-1].pop("matrices").items():
-            if s.only in name:
-                matrices[f"{value}: {name}"] = matrix
-    return {"command": s.command, "runs": runs, "matrices": matrices}
-
-
-def theory(s):
-    """bilinear and onelayer: hold the curves of each dimension or task against the theorems."""
-    results = sweep(s)
-    for run in results["runs"]:
-        curves, N = run["curves"], run["counts"]["train"]
-        start = run["chance"]["vocabulary"]  # L(0) = L_rev(0) = log V
-        L, L_rev = np.array(curves["train_nll"]), np.array(curves["validation_nll"])  # (S, points)
-        times = np.array(curves["epoch"]) * s.lr * N  # of gradient flow on the mean loss
-        expected = closed_form(times, round(math.exp(start)), N)
-        # Theorem 1, L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon, holds from this epsilon on.
-        needed = np.log(L_rev[:, 1:] / start) / np.log(L[:, 1:] / start)
-        run |= {**run["config"], "reversal_shift": abs(L_rev[:, -1] - start).mean(),
-                "epsilon": max(0.0, needed.max()), "closed_form_gap": abs(L - expected).max(),
-                "trained_probability_min": math.exp(-L[:, -1].max()),
-                "unseen_probability_max": math.exp(-L_rev.min()),
-                "curves": {"time": times.tolist(), "forward_nll": L.tolist(),
-                           "reversal_nll": L_rev.tolist(), "closed_form": [expected.tolist()]}}
-        say(f"Theorem 1's bound: epsilon {run['epsilon']:.4f}. Trained p >= "
-            f"{run['trained_probability_min']:.3f}, unseen <= {run['unseen_probability_max']:.4f}. "
-            f"Closed form: within {run['closed_form_gap']:.3f}")
-    if s.command == "onelayer":
-        results["summary"] = {
-            "chance": math.exp(-start),
-            "chain_unseen_probability_max": run["unseen_probability_max"],
-            **{name: results["runs"][0][name] for name in (
-                "trained_probability_min", "unseen_probability_max", "closed_form_gap")}}
-    return results
+def onelayer(**given):
+    """A Sweep of the one-layer transformer over the reversal and the chain task."""
+    trials = {"reversal": OneLayerTheory(**given), "chain": OneLayerChain(**given)}
+    return Sweep("onelayer", "onelayer", trials, {"Y"})
 
 
 # ------------------------------------------------------------------------------------------ Cures
-# Why the curse is exact: the y of "x r y" is said and never read, so its input vector has no
-# gradient. Asked about it, the model reads a vector that holds nothing. What could help?
-
-
-def identities(data):
-    """A sentence "x = x" for every entity x. "=" is the last id of the vocabulary."""
-    x = data.sentences[:, ::2].unique()[:, None]
-    return torch.hstack([x, torch.full_like(x, len(data.names) - 1), x])
-
-
-def either_blank(model, sentences, data):
-    """NLL of y in "x r _" and of x in "_ r y", which is said at r, for r attends to y."""
-    before = model(sentences[:, 1:], 2)[:, 0]  # (B, V)
-    return nll(model, sentences) + F.cross_entropy(before, sentences[:, 0])
-
-
-def rule_penalty(model, sentences, data):
-    """Mean NLL + mean square of (logit of y after "x ->" - logit of x after "y <-"), all x, y."""
-    x = sentences[:, [0, 2]].flatten()
-
-    def ask(relation):
-        return model(torch.stack([x, torch.full_like(x, relation)], 1), 1)[:, 0, x]  # (2B, 2B)
-
-    return nll(model, sentences) + (ask(FORWARD) - ask(BACKWARD).mT).square().mean()
-
-
-class Linear(nn.Module):
-    """Logits (B, 1, V) after x, r (B, 2): E[x] + E[r], or of width `dim`, (E[x] + E[r]) U^T."""
-    def __init__(self, vocab_size, dim=None):
-        super().__init__()
-        self.E = nn.Parameter(0.002 * torch.randn(vocab_size, dim or vocab_size))
-        self.U = nn.Parameter(0.002 * torch.randn(vocab_size, dim)) if dim else None
-
-    def forward(self, tokens, last=1):
-        both = self.E[tokens].sum(1, keepdim=True)
-        return both @ self.U.mT if self.U is not None else both
-
-
-# A cure: what it is told, as a student would say it, and the fields and methods of CureTrials that
-# it changes. Add a row of your own.
-CURES = {
-    "none": ("told nothing: B is said and never read", {"expected": "The curse"}),
-    "oracle": ("told the answers: what will be asked", {
-        "expected": "No curse", "add": lambda data: data.groups["held-out, asked"]}),
-    "reverse training": ("told the answers: all but the arrow", {
-        "expected": "No curse", "add": lambda data: data.sentences[:data.trained].flip(1)}),
-    "either blank": ("told the answers: it is asked for A given B", {
-        "batch_loss": either_blank, "causal": False}),
-    "rule penalty": ("told the rule: <- undoes ->, but of no pair", {
-        "batch_loss": rule_penalty, "weight_decay": 0.01}),
-    "identity bridge": ("told nothing: it must read every name, and say it", {
-        "add": identities}),
-    "tied GPT": ("told nothing: one table, but the network can still memorise", {
-        "tie_embeddings": True}),
-    "one table": ("told nothing: in a bilinear model to learn to say B is to learn to read B", {
-        "make_model": lambda data: Bilinear(64, len(data.names), train_embeddings=True)}),
-    "two tables": ("told nothing: the control, in which B is said and never read", {
-        "make_model": lambda data: Linear(len(data.names), 64)}),
-}
-# Theory (Ma et al. 2026; the small trial is ours): gradient descent on a product of two matrices,
-# but not on one, prefers low rank, and one vector for each pair says "x = x" and "A -> B" so.
-for kind, dim in ("merged", None), ("factorised", 32):
-    changes = {"setting": "theory", "vocab": 80, "complete": 14, "held_out": 6, "epochs": 1000,
-               "batch_size": 10**6, "make_optimizer": partial(torch.optim.SGD, lr=3.0),
-               "make_model": lambda data, dim=dim: Linear(len(data.names), dim)}
-    CURES[kind] = "theory: B is said and never read", changes | {"expected": "The curse"}
-    CURES[f"{kind}, x = x"] = "theory: every name is read", changes | {
-        "add": identities, "expected": "No curse" if dim else "The curse"}
+# What breaks the curse? In a GPT it is exact: B of a held-out "A -> B" is a target and never an
+# input, so that its input vector has no gradient. (Weight decay shortens it; the direction stays.)
+# Asked "B <-", the model reads the random vector that it began with. This holds for entities of one
+# token, with input and output vectors apart, and for these most of the ablations could not have come
+# out otherwise. It is a sufficient cause, not the only one: entities of two and three tokens (`ablate
+# entity-length`) are read, piece by piece, and so are the names of "read elsewhere", below.
+#
+# A cure is a Reversal that changes one thing: the data, the model, the loss or the question. They
+# are written for entities of one token.
 
 
 @dataclass
-class CureTrials(Experiment):
-    """What breaks the curse, and what does not (ours)."""
-    lr: float = flag(0.003, "learning rate of AdamW; each cure is also tried at the paper's 0.01")
-    weight_decay: float = flag(1.0, "of AdamW; also tried: 0.01")
-    values: str = flag(None, "which cures, by their names [all]", nargs="+")
-    command, task, only, expected, add = "cure", "reversal", "held-out, asked", "", None
-    unseen, least_epochs, measurements = "unseen reversals", 80, 20
+class Cure(Reversal):
+    """A cure is a subclass with a name, what supervision it adds, and what it changes."""
 
-    @property
-    def trainings(self):
-        found, paper = {}, {"setting": "paper", "lr": 0.01, "weight_decay": 0.01}
-        for name in self.values or CURES:
-            if name not in CURES:
-                raise Problem(f"--values {name}: must be one of {', '.join(CURES)}")
-            about, changes = CURES[name]
-            found[name] = self.altered(cure=name, about=about, **changes)
-            if found[name].setting == "common":
-                found[f"{name}, as in the paper"] = found[name].altered(**paper)
-        return found
+    variant: str = setting("common", "at which rates, or without complete pairs")
+
+    command = "cure"
+    name = "none"
+    supervision = "control"
+    expected = "no curse"
+    expected_without_pairs = None  # for those that are also tried without complete pairs
+    measurements = 20
+
+    def check(self):
+        super().check()
+        if self.entity_length > 1:
+            raise Problem(f"entity_length {self.entity_length}: cures are written for one token")
+
+    def evaluate(self, model, data):  # also the other direction of the asked facts
+        trained = evaluate(model, data.train["held-out, trained"], 1)
+        return super().evaluate(model, data) | {"held-out, trained": trained}
+
+    def matrices(self, model, data):
+        return super().matrices(model, data) | entity_map(model, data)
+
+    def conclude(self, results):
+        super().conclude(results)
+        results |= {"cure": self.name, "supervision": self.supervision}
+        if self.variant == "paper":
+            results["expected"] = None
+        if self.variant == "no complete pairs":
+            results["expected"] = self.expected_without_pairs
+
+    def with_sentences(self, data, added):
+        """The Dataset with more training sentences (n, T + 1)."""
+        return replace(data, train={"added": added, **data.train})
+
+    def with_identities(self, data):
+        """The Dataset with a sentence "x = x" for every entity; "=" is in no other sentence."""
+        first, _, last = data.train_sentences().unbind(1)
+        entities = torch.cat([first, last]).unique()
+        equals = torch.full_like(entities, len(data.names) - 1)
+        return self.with_sentences(data, torch.stack([entities, equals, entities], dim=1))
+
+
+class NoCure(Cure):
+    """The control."""
+
+    expected = "curse"
+
+
+class Oracle(Cure):
+    """Train what will be asked: the upper bound."""
+
+    name = "oracle"
+    supervision = "the answers"
 
     def make_data(self, seed):
         data = super().make_data(seed)
-        if self.add:
-            data = replace(data, groups={"added": self.add(data), **data.groups})
-        return data
+        return self.with_sentences(data, data.test["held-out, asked"])
+
+
+class ReverseTraining(Cure):
+    """Train every sentence also backwards (Golovneva et al. 2024): all but the arrow is told."""
+
+    name = "reverse training"
+    supervision = "the answers"
+    expected_without_pairs = "no curse"
+
+    def make_data(self, seed):
+        data = super().make_data(seed)
+        return self.with_sentences(data, data.train_sentences().flip(1))
+
+
+class EitherBlank(Cure):
+    """Ask for y in "x r _" and for x in "_ r y", where attention looks both ways."""
+
+    name = "either blank"
+    supervision = "the answers"
+
+    def make_model(self, data):
+        model = super().make_model(data)
+        for block in model.transformer.h:
+            block.attn.causal = False
+        return model
+
+    def batch_loss(self, model, sentences):
+        before = model(sentences[:, 1:], 2)[:, 0]  # x is said at r, which attends to y: (B, V)
+        return nll(model, sentences) + F.cross_entropy(before, sentences[:, 0])
+
+
+class RulePenalty(Cure):
+    """Told that "<-" undoes "->", but of no pair: a penalty on the mean square of (logit of y after
+    "x ->" - logit of x after "y <-"), over all x and y of a batch."""
+
+    name = "rule penalty"
+    supervision = "the rule"
+
+    def batch_loss(self, model, sentences):
+        first, _, last = sentences.unbind(1)
+        entities = torch.cat([first, last])  # (2B,)
+
+        def logits_after(relation):
+            """(2B, 2B): the logit of entity j after entity i and the relation."""
+            questions = torch.stack([entities, torch.full_like(entities, relation)], dim=1)
+            return model(questions, 1)[:, 0, entities]
+
+        difference = logits_after(FORWARD) - logits_after(BACKWARD).mT
+        return nll(model, sentences) + difference.square().mean()
+
+
+class IdentityBridge(Cure):
+    """Train "x = x" for every entity (Ma et al. 2026): each is read, and said as itself."""
+
+    name = "identity bridge"
+    supervision = "nothing"
+    expected_without_pairs = "trace"  # the complete pairs teach that "<-" is not "="
+
+    def make_data(self, seed):
+        return self.with_identities(super().make_data(seed))
 
 
 @dataclass
-class All(Task):
-    """Every figure, and a table of what is seen. A flag goes to each command that has it."""
-    command, trainings = "all", {}
-    lines = ["reversal --animate --cosine", "chain --animate", "chain --related-tokens", "icl",
-             "bilinear --symmetric", "onelayer", "cure",
-             *(f"ablate {axis}" for axis in Ablate.axes),  # the last is of the chain alone
-             *(f"ablate {axis} --task chain" for axis in [*Ablate.axes][:-1])]
+class TiedGPT(Cure):
+    """One matrix for input and output vectors. But the rest of the network can memorise."""
 
-    def __post_init__(self):
-        given, self.plans = self.given(), []
-        super().__post_init__()
-        for line in self.lines:
-            command, own = parse(line.split())
-            kind = KINDS[command]
-            names = given.keys() & {*kind.__dataclass_fields__}
-            self.plans.append(kind(**own | {name: given[name] for name in names}))
+    tie_embeddings: bool = setting(True, "the output matrix is the token embedding")
+
+    name = "tied GPT"
+    supervision = "nothing"
+    expected = "trace"
 
 
-def everything(s):
-    """Carry out all, and hold each verdict against what must be seen."""
-    claims = []
-    for plan in s.plans:
-        results = run(plan.altered(keep=s.keep and f"{s.keep}.{plan.name}"))
-        for one in results.get("runs", [results]):
-            claims.append({"figure": plan.name, "claim": f"{one['value']}: {one['expected']}",
-                           "measured": one["verdict"],
-                           "holds": one["expected"] and one["verdict"].startswith(one["expected"])})
-            say("| {figure} | {claim} | {measured} | {holds} |".format(**claims[-1]))
-    return {"command": "all", "claims": claims, "matrices": {}}
+class LearnedBilinear(nn.Module):
+    """Logits (B, 1, V) of y after x, r: (E[x] M + E[r]) U^T, all learned. If tied, U is E."""
+
+    def __init__(self, vocab_size, dim, tied):
+        super().__init__()
+        self.E = nn.Parameter(0.02 * torch.randn(vocab_size, dim))
+        self.M = nn.Parameter(0.02 * torch.randn(dim, dim))
+        self.U = self.E if tied else nn.Parameter(0.02 * torch.randn(vocab_size, dim))
+
+    def forward(self, tokens, last=1):
+        read = self.E[tokens]  # (B, 2, D)
+        x, r = read[:, :1], read[:, -1:]
+        return (x @ self.M + r) @ self.U.mT
 
 
-COMMANDS = {Reversal: experiment, Chain: experiment, ICL: experiment, Ablate: sweep,
-            BilinearTheory: theory, OneLayerTheory: theory, CureTrials: sweep, All: everything}
-KINDS = {kind.command: kind for kind in COMMANDS}
+class TiedBilinear(Cure):
+    """Where input and output vectors are one, to learn to say a name is to learn to read it. M has
+    to be symmetric too: that is learned from the complete pairs, and without any it fails."""
+
+    name = "tied bilinear"
+    supervision = "nothing"
+    expected_without_pairs = "curse"
+    tied = True
+
+    def make_model(self, data):
+        return LearnedBilinear(len(data.names), self.dim, self.tied)
+
+    def input_vectors(self, model):
+        return model.E
+
+    def measure(self, model, data, start, history):
+        numbers = super().measure(model, data, start, history)
+        M = model.M
+        asymmetry = (M - M.mT).norm() / (M + M.mT).norm()
+        numbers["asymmetry"] = asymmetry.item()  # 0 if M is symmetric, about 1 if it is random
+        return numbers
+
+
+class UntiedBilinear(TiedBilinear):
+    """The control of tied bilinear, from which nothing else differs."""
+
+    name = "untied bilinear"
+    supervision = "control"
+    expected = "curse"
+    expected_without_pairs = None
+    tied = False
+
+
+class ReadElsewhere(Cure):
+    """Is it enough that a name is read? Every name of a held-out pair is also the subject of an
+    unrelated fact, with a relation and a target of its own."""
+
+    name = "read elsewhere"
+    expected = "curse"
+
+    def make_data(self, seed):
+        data = super().make_data(seed)
+        first, _, last = data.train["held-out, trained"].unbind(1)
+        subjects = torch.cat([first, last])
+        relation = torch.full_like(subjects, len(data.names) - 1)
+        unused = 2 + 2 * data.alphabet_size  # the first token that no other sentence has
+        targets = unused + torch.arange(len(subjects))
+        return self.with_sentences(data, torch.stack([subjects, relation, targets], dim=1))
+
+
+# The identity bridge in theory (Ma et al. 2026; the small trial is ours). One layer, attention gone:
+# logits after "x r" are W (e_x + e_r), W one merged matrix or a product of two factors. Take a pair,
+# and fill in z = B -> A of [[1, z], [1, 1]]: rows A and B are read, "x = x" and "A -> B" are 1.
+# Gradient descent on a product tends, from a small start, to keep the nuclear norm small: here
+# sqrt(3 + z^2 + 2 |1 - z|), least at z = 1. Descent on one matrix keeps the Frobenius norm small,
+# least at z = 0. This is a tendency, not a theorem.
+
+
+class SumOfTokens(nn.Module):
+    """Logits (B, 1, V) after x, r (B, 2): E[x] + E[r] (merged), or (E[x] + E[r]) U^T of a width."""
+
+    def __init__(self, vocab_size, width=None):
+        super().__init__()
+        self.U = None
+        if width is None:  # merged
+            width = vocab_size
+            self.E = nn.Parameter(0.002 * torch.randn(vocab_size, width))
+        else:
+            self.E = nn.Parameter(0.002 * torch.randn(vocab_size, width))
+            self.U = nn.Parameter(0.002 * torch.randn(vocab_size, width))
+
+    def forward(self, tokens, last=1):
+        both = self.E[tokens].sum(1, keepdim=True)
+        return both if self.U is None else both @ self.U.mT
+
+
+class Merged(Cure):
+    """The theory with one merged matrix, and, below, with two factors; without and with x = x."""
+
+    name = "merged"
+    supervision = "theory"
+    expected = "curse"
+    width = None
+    bridge = False
+
+    def make_data(self, seed):
+        data = super().make_data(seed)
+        return self.with_identities(data) if self.bridge else data
+
+    def make_model(self, data):
+        return SumOfTokens(len(data.names), self.width)
+
+    def make_optimizer(self, weights):
+        return torch.optim.SGD(weights, self.lr)
+
+
+class MergedBridge(Merged):
+    """The theory with one merged matrix and "x = x"."""
+
+    name = "merged, x = x"
+    bridge = True
+
+
+class Factorised(Merged):
+    """The theory with two factors."""
+
+    name = "factorised"
+    width = 32
+
+
+class FactorisedBridge(Factorised):
+    """The theory with two factors and "x = x"."""
+
+    name = "factorised, x = x"
+    expected = "no curse"
+    bridge = True
+
+
+CURES = [Oracle, ReverseTraining, EitherBlank, RulePenalty, IdentityBridge, TiedGPT, TiedBilinear]
+CURES += [NoCure, UntiedBilinear, ReadElsewhere, Merged, MergedBridge, Factorised, FactorisedBridge]
+CURE_LAPTOP = {"lr": 0.003, "weight_decay": 1.0}  # at which all learn their training sentences
+CURE_PAPER = {"lr": 0.01, "weight_decay": 0.01, "variant": "paper"}
+CURE_THEORY = {"vocab": 80, "complete": 14, "held_out": 6, "epochs": 1000, "batch_size": 10**6}
+CURE_THEORY |= {"lr": 3.0, "variant": "theory"}
+
+
+def cure(values=None, preset="laptop", **given):
+    """A Sweep of cures and controls, by name: at common rates and at the paper's, and some without
+    complete pairs, from which a model could learn that "<-" undoes "->"."""
+    known = {each.name: each for each in CURES}
+    trials = {}
+    for name in known if values is None else values:
+        if name not in known:
+            raise Problem(f"--values {name}: must be one of {', '.join(known)}")
+        make = known[name].paper if preset == "paper" else known[name]
+        if known[name].supervision == "theory":
+            trials[name] = make(**(given | CURE_THEORY))
+            continue
+        trials[name] = make(**(CURE_LAPTOP | given))
+        trials[f"{name}, as in the paper"] = make(**(given | CURE_PAPER))
+        if known[name].expected_without_pairs is not None:
+            alone = {"complete": 0, "variant": "no complete pairs"}
+            trials[f"{name}, no complete pairs"] = make(**(CURE_LAPTOP | given | alone))
+    return Sweep("cure", "cure", trials, {"held-out, asked"})
+
+
+def weights(**given):
+    """A Sweep of four models on the same sentences, of which every weight is drawn."""
+    given = {"seeds": 1, "vocab": 96, "complete": 8} | given
+    held_out = given["vocab"] // 4 - given["complete"]
+    trials = {
+        "bilinear": BilinearTheory(dim=256, **given),
+        "one-layer": OneLayerTheory(held_out=held_out, **given),
+        "GPT": NoCure(held_out=held_out, **given),
+        "GPT, reverse training": ReverseTraining(held_out=held_out, **given),
+    }
+    return Sweep("weights", "weights", trials, {"entities", "trained", "Y"})
 
 
 # --------------------------------------------------------------------------------------- Plotting
 # From the results alone: a saved file is drawn just as a run is.
-SHOWN = 40  # pairs in a heat map; of more, the diagonal is thinner than the eye can see
-STYLE = {"axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.xmargin": 0, "figure.titlesize": 10, "figure.constrained_layout.use": True,
-         "legend.fontsize": 8, "legend.frameon": False}
-CURVES = {  # of a run: label, colour, line style
-    "train_nll": ("trained", "tab:blue", "-"),
-    "validation_nll": ("unseen", "tab:orange", "-"),
-    "forward_nll": ("trained", "tab:blue", "-"),
-    "reversal_nll": ("unseen", "tab:orange", "-"),
-    "closed_form": ("trained, closed form", "black", ":"),
+TRAINED, ASKED = "tab:blue", "tab:orange"
+STYLE = {
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
 }
 
 
-def draw_panel(axes, run):
-    """Figure 1: NLL, the mean of the seeds in a band from lowest to highest, and of guesses."""
-    (x, points), *curves = run["curves"].items()  # x is the epoch, in the theory the time
-    for name, seeds in curves:
-        label, color, dashes = CURVES[name]
-        axes.fill_between(points, np.min(seeds, 0), np.max(seeds, 0), alpha=0.25, lw=0, color=color)
-        axes.plot(points, np.mean(seeds, 0), label=label, color=color, ls=dashes)
-    for kind, dashes in ("vocabulary", "--"), ("alphabet", "-."):
-        axes.axhline(run["chance"][kind], color="gray", ls=dashes, label=f"a guess in the {kind}")
-    axes.set(xlabel=x, ylabel="NLL of the answer (nats)", title=run["title"], ylim=(0, None),
-             xscale="log" if x == "time" else "linear")
+@contextlib.contextmanager
+def our_style():
+    """Matplotlib's defaults and STYLE, whatever the user has set, but for the font family."""
+    with matplotlib.rc_context():
+        family = matplotlib.rcParams["font.family"]
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE | {"font.family": family})
+        yield
 
 
-def draw_matrices(maps, label, figure=None, rows=1, **style):
-    """Heat maps {title: matrix}, on one scale of colours: (figure, images)."""
-    figure, images = figure or Figure(figsize=(2 + 3 * len(maps), 4)), []
-    style = {"cmap": "magma", "vmin": 0, "vmax": max(1, *map(np.max, maps.values()))} | style
+def centred(matrix):
+    """Logits of an input are defined up to a constant: take the mean of each row away."""
+    matrix = matrix.astype(float)
+    return matrix - matrix.mean(1, keepdims=True)
+
+
+def draw_matrices(figure, maps, label, rows=1, limit=None):
+    """Heat maps {title: matrix} on one diverging scale with zero in the middle: their images."""
+    if limit is None:
+        limit = max(1e-9, *(abs(matrix).max() for matrix in maps.values()))
+    images = []
     for i, (title, matrix) in enumerate(maps.items(), 1):
-        axes = figure.add_subplot(rows, len(maps) // rows, i, title=title)
-        images.append(axes.imshow(matrix.astype(float), **style))
+        axes = figure.add_subplot(rows, math.ceil(len(maps) / rows), i, title=title)
+        images.append(axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit))
     figure.colorbar(images[-1], ax=figure.axes, shrink=0.6, label=label)
-    return figure, images
+    return images
+
+
+def draw_line(axes, x, seeds, color, label):
+    """A curve of each seed (thin), and their mean."""
+    axes.plot(x, np.transpose(seeds), color=color, lw=0.6, alpha=0.4)
+    mean = np.mean(seeds, 0)
+    axes.plot(x, mean, color=color, lw=2, label=label)
+
+
+def draw_level(axes, height, text):
+    """A horizontal line with its name."""
+    axes.axhline(height, color="gray", ls="--", lw=0.8)
+    where = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
+    axes.text(1, height, text, size=8, color="dimgray", **where)
+
+
+def draw_curves(axes, run):
+    """Figures 1 and 3: NLL over the epochs, and the chance levels."""
+    curves, chance = run["curves"], run["chance"]
+    epochs = curves["epoch"]
+    draw_line(axes, epochs, curves["train_nll"], TRAINED, "trained")
+    draw_line(axes, epochs, curves["validation_nll"], ASKED, f"asked: {run['unseen']}")
+    draw_level(axes, chance["vocabulary"], "chance level among all tokens")
+    draw_level(axes, chance["alphabet"], "chance level within the alphabet")
+    axes.set(xlabel="epoch", ylabel="NLL of the answer (nats)", title=run["title"])
+    axes.set(xlim=(0, epochs[-1]), ylim=(0, None))
+
+
+def spread(count, most):
+    """`most` of the numbers below count, evenly spread, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
 
 
 def draw_maps(results):
     """Figures 2 and 4: heat maps, in which the curse is the missing diagonal, and the curves."""
-    maps = {role: results["matrices"][role][:SHOWN, :SHOWN] for role in results["weights"]}
-    figure = Figure(figsize=(4 + 1.5 * len(maps), 5))
-    left, right = figure.subfigures(1, 2, width_ratios=(len(maps) // 2, 1))
-    _, images = draw_matrices(maps, "logit of answer j after entity i", left, 2)
+    maps = {}
+    for role in results["weights"]:
+        kind = "never trained" if role in results["never_trained"] else "trained"
+        title = f"{role.partition(',')[0]}: {kind}"
+        maps[title] = centred(results["matrices"][role][:SHOWN, :SHOWN])
+    columns = math.ceil(len(maps) / 2)
+    figure = Figure(figsize=(4 + 3 * columns, 5.6))
+    left, right = figure.subfigures(1, 2, width_ratios=(columns, 1))
+    images = draw_matrices(left, maps, "logit above the mean of its row", rows=2)
     for image, pairs in zip(images, results["names"].values()):
-        for axis, names in zip((image.axes.yaxis, image.axes.xaxis), zip(*pairs[:SHOWN])):
+        read, said = zip(*pairs[:SHOWN])
+        for axis, names in ((image.axes.yaxis, read), (image.axes.xaxis, said)):
             # An axis is about 130 points long. A name may be long, or have a "$" in it.
             short = [name if len(name) < 18 else f"{name[:16]}..." for name in names]
-            axis.set_ticks(range(len(short)), short, fontsize=min(8, 130 / len(short)),
-                           parse_math=False)
-            image.axes.tick_params(axis="x", rotation=90)
+            size = min(8, 130 / len(short))
+            axis.set_ticks(range(len(short)), short, fontsize=size, parse_math=False)
+        image.axes.tick_params(axis="x", rotation=90)
+    for image in images:
+        image.axes.set(xlabel="entity said", ylabel="entity read")
     curves = right.subplots()
-    draw_panel(curves, results)
+    draw_curves(curves, results)
     right.legend(loc="outside lower center")
-    figure.suptitle(f"logits of the first seed, {SHOWN} pairs at most")
+    figure.suptitle(f"Logits of the first seed, {SHOWN} facts at most")
     return figure, images, curves
-
-
-def draw_cures(runs, matrices):
-    """What a cure does to the unseen reversals: accuracy, and the diagonal of the first seed."""
-    figure = Figure(figsize=(13, 8))
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.5, 1))
-    axes, maps, groups = top.subplots(), {}, []
-    for run in runs:
-        name, told = run["config"]["cure"], run["config"]["about"].split(":")[0]
-        seeds, setting = run["summary"]["validation_accuracy"]["per_seed"], run["setting"]
-        groups += [told] * (told not in groups)
-        if setting == "paper":
-            axes.plot(np.mean(seeds), f"{name} ({told})", "kD", mfc="none")
-            continue
-        axes.barh(f"{name} ({told})", np.mean(seeds), color=f"C{groups.index(told)}")
-        axes.plot(seeds, [f"{name} ({told})"] * len(seeds), "ko", alpha=0.3)
-        if setting == "common":
-            maps[name] = matrices[f"{run['value']}: held-out, asked"][:SHOWN, :SHOWN]
-    axes.set(xlim=(-0.01, 1.01), xlabel="accuracy on unseen reversals: mean (bar), each seed (dot),"
-             " mean at the paper's learning rate and weight decay (diamond)")
-    axes.invert_yaxis()
-    if maps:
-        draw_matrices(maps, "logit", bottom)
-    return figure
 
 
 def draw_animation(results):
     """The figure of draw_maps over the training."""
     figure, images, curves = draw_maps(results | {"names": {}})
-    epochs, now = results["curves"]["epoch"], curves.axvline(0, color="black", lw=1)
+    epochs = results["curves"]["epoch"]
+    now = curves.axvline(0, color="black", lw=1)
 
     def show(i):
         for image, role in zip(images, results["weights"]):
-            image.set_data(results["matrices"][f"frames {role}"][i].astype(float))
-        now.set_xdata([epochs[i]] * 2)
-        figure.suptitle(f"{results['command']} task after epoch {epochs[i]}")
+            image.set_data(centred(results["matrices"][f"frames {role}"][i]))
+        now.set_xdata([epochs[i], epochs[i]])
+        figure.suptitle(f"The {results['command']} task after epoch {epochs[i]}")
 
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what was laid out stays where it is
     for image in images:  # without ticks it is drawn twice as fast
         image.axes.set(xticks=[], yticks=[])
-    shown = np.unique(np.linspace(0, len(epochs) - 1, 25).round().astype(int))
-    return FuncAnimation(figure, show, np.append(shown, shown[-1:].repeat(6)))  # a while at the end
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what was laid out stays where it is
+    shown = spread(len(epochs), 25)
+    shown += [shown[-1]] * 8  # two seconds on the last
+    return FuncAnimation(figure, show, shown)
+
+
+def draw_task(results):
+    """Reversal, chain and in-context reversal: Figures 1 to 4, and 11."""
+    figures = Figures()
+    if results["weights"]:
+        if results["config"].get("animate"):
+            figures[".gif"] = draw_animation(results)
+        figures["_weights.png"] = draw_maps(results)[0]
+    figures[".png"] = Figure(figsize=(6, 4))
+    draw_curves(figures[".png"].subplots(), results)
+    figures[".png"].legend(loc="outside lower center", ncols=2)
+    if "cosine" in results["matrices"]:
+        figures["_cosine.png"] = draw_cosines({results["title"]: results["matrices"]["cosine"]})
+    return figures
+
+
+def draw_cosines(maps):
+    """Figure 11: the cosines of all token embeddings."""
+    figure = Figure(figsize=(2 + 3 * len(maps), 3.6))
+    maps = {title: matrix.astype(float) for title, matrix in maps.items()}
+    for image in draw_matrices(figure, maps, "cosine of two token embeddings", limit=1):
+        image.axes.set(xlabel="token", ylabel="token")
+    return figure
+
+
+def draw_ablation(results):
+    """Figures 5 to 10: a panel an axis, a colour a value; the curse is the gap in each of them."""
+    panels = {}
+    for run in results["runs"]:
+        axis, value = run["value"].split(" ", 1)
+        panels.setdefault(axis, {})[value] = run
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.5 + 2.6 * columns, 1 + 2.6 * rows))
+    shared = None
+    for i, (axis, runs) in enumerate(panels.items(), 1):
+        shared = axes = figure.add_subplot(rows, columns, i, title=axis, sharey=shared)
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
+        for color, (value, run) in zip(colors, runs.items()):
+            if run["outcome"] == "diverged":
+                axes.plot([], [], color=color, label=f"{value}: diverged")
+                continue
+            curves = run["curves"]
+            share = np.divide(curves["epoch"], curves["epoch"][-1])
+            axes.plot(share, np.mean(curves["train_nll"], 0), color=color, label=value)
+            axes.plot(share, np.mean(curves["validation_nll"], 0), "--", color=color)
+        axes.set(xlim=(0, 1), ylim=(0, None))
+        axes.legend(loc="center right")
+    figure.supxlabel("share of the training", size=9)
+    figure.supylabel("NLL (nats): trained (solid), asked (dashed)", size=9)
+    figures = Figures({".png": figure})
+    if results["matrices"]:
+        figures["_cosine.png"] = draw_cosines(results["matrices"])
+    return figures
+
+
+def draw_bilinear(results):
+    """Theorems 1 and 2: NLL over time, free and symmetric, and the slope at the start."""
+    figure = Figure(figsize=(13, 4.2))
+    *panels, right = figure.subplots(1, 3)
+    level = results["runs"][0]["chance"]["vocabulary"]
+    for axes, symmetric in zip(panels, (False, True)):
+        runs = [run for run in results["runs"] if run["symmetric"] == symmetric]
+        runs = [runs[i] for i in spread(len(runs), 4)] if runs else []
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 4))
+        for color, run in zip(colors, runs):
+            curves = {name: np.mean(curve, 0) for name, curve in run["curves"].items()}
+            times = run["curves"]["time"]
+            axes.plot(times, curves["forward_nll"], color=color, label=f"d = {run['dim']}")
+            axes.plot(times, curves["reversal_nll"], color=color, ls="--")
+            axes.plot(times, curves["closed_form"], "k:")
+        draw_level(axes, level, "log m")
+        draw_level(axes, level - math.log(2), "log(m/2)")
+        axes.set(xscale="log", xlabel="time of gradient flow", ylabel="NLL (nats)", ylim=(0, 8))
+        axes.set_title("symmetric Theta" if symmetric else "free Theta")
+        axes.legend(loc="lower left")
+    figure.suptitle("trained (solid), reversed (dashed), closed form (dotted)")
+    free = [run for run in results["runs"] if not run["symmetric"]]
+    for run in free:
+        slopes = run["slope"]
+        right.plot([run["dim"]] * len(slopes), slopes, "o", color=ASKED, ms=4, alpha=0.6)
+    d = np.array([run["dim"] for run in free])
+    mean, deviation = 1 / d, math.sqrt(2) / d
+    right.plot(d, mean, "k-", label="theory: 1/d")
+    low, high = mean - deviation, mean + deviation
+    right.fill_between(d, low, high, color="gray", alpha=0.25, label="and its deviation")
+    right.set_xscale("log", base=2)
+    right.set_yscale("symlog", linthresh=1e-3)
+    right.set(xlabel="dimension d", ylabel="dL_rev / dL at the start, each seed")
+    right.set_title("Theorem 1's epsilon: the slope of the reversal loss")
+    right.legend()
+    return Figures({".png": figure})
+
+
+def draw_onelayer(results):
+    """Theorems 3 and 4: the rows of Y that training touches, and the probabilities."""
+    figure = Figure(figsize=(9.5, 4.2 * len(results["runs"])))
+    panels = figure.subplots(len(results["runs"]), 2)
+    for (left, right), run in zip(panels, results["runs"]):
+        used = [int(token) for token in run["tokens"]]
+        Y = results["matrices"][f"{run['value']}: Y"][used][:, used].astype(float)
+        limit = abs(Y).max()
+        image = left.imshow(Y, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        places, names = range(len(Y)), list(run["tokens"].values())
+        left.set_xticks(places, names, size=7, rotation=90)
+        left.set_yticks(places, names, size=7)
+        left.set(xlabel="token said", ylabel="token read", title=f"Y: {run['value']} task")
+        figure.colorbar(image, ax=left, shrink=0.6, label="logit (white: never touched)")
+        curves = {name: np.array(curve) for name, curve in run["curves"].items()}
+        times = curves["time"]
+        draw_line(right, times, np.exp(-curves["forward_nll"]), TRAINED, "trained")
+        draw_line(right, times, np.exp(-curves["reversal_nll"]), ASKED, "asked")
+        right.plot(times, np.exp(-curves["closed_form"][0]), "k:", label="closed form")
+        draw_level(right, math.exp(-run["chance"]["vocabulary"]), "1/m")
+        right.set(
+            xscale="log", yscale="log", xlabel="time of gradient flow", ylabel="p of the answer"
+        )
+        right.legend()
+    return Figures({".png": figure})
+
+
+SUPERVISION = ["the answers", "the rule", "nothing", "control"]  # the order of the bars
+
+
+def draw_cures(results):
+    """What each cure does to the asked reversals: accuracy, matched rank, the diagonal, the theory."""
+    runs = {run["value"]: run for run in results["runs"] if run["outcome"] != "diverged"}
+    groups = SUPERVISION + sorted({run["supervision"] for run in runs.values()} - set(SUPERVISION))
+    bars = [run for run in runs.values() if run["setting"] in ("common", "no complete pairs")]
+    bars.sort(key=lambda run: groups.index(run["supervision"]))
+    maps = {}
+    for run in bars:
+        if run["setting"] == "common":
+            value = run["value"]
+            matrix = results["matrices"][f"{value}: held-out, asked"]
+            maps[value] = centred(matrix[:SHOWN, :SHOWN])
+    rows = math.ceil(len(maps) / 5)
+    heights = (1.5 + 0.28 * len(bars), 0.3 + 2.1 * rows)
+    figure = Figure(figsize=(11, sum(heights)))
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    axes, square = top.subplots(1, 2, width_ratios=(4, 1))
+    for run in bars:
+        name = f"{run['value']} ({run['supervision']})"
+        accuracy, rank = run["summary"]["validation_accuracy"], run["summary"]["matched_rank"]
+        seeds = accuracy["per_seed"]
+        color = f"C{groups.index(run['supervision'])}"
+        axes.barh(name, accuracy["mean"], color=color, alpha=0.6)
+        axes.plot(seeds, [name] * len(seeds), "ko", ms=3, alpha=0.4)
+        axes.plot(rank["mean"], name, "rx", ms=7, mew=2)
+        paper = runs.get(f"{run['value']}, as in the paper")
+        if paper is not None:
+            mean = paper["summary"]["validation_accuracy"]["mean"]
+            axes.plot(mean, name, "kD", mfc="none")
+    axes.plot([], [], "ko", ms=3, label="accuracy of a seed (bar: mean)")
+    axes.plot([], [], "kD", mfc="none", label="mean accuracy at the paper's rates")
+    axes.plot([], [], "rx", mew=2, label="matched rank (0: first, 0.5: chance)")
+    axes.axvline(0.5, color="red", lw=0.6, ls=":")
+    axes.set(xlim=(-0.02, 1.02), xlabel="of the asked reversals")
+    axes.invert_yaxis()
+    top.legend(loc="outside upper center", ncols=3)
+    draw_square(square, runs)
+    if maps:
+        for image in draw_matrices(bottom, maps, "logit above its row's mean", rows):
+            image.axes.set(xticks=[], yticks=[])
+    return Figures({".png": figure})
+
+
+def draw_square(axes, runs):
+    """The theory of the identity bridge as a table of accuracies."""
+    axes.set(title="identity bridge\nin theory: accuracy", xlim=(-0.5, 1.5), ylim=(1.5, -0.5))
+    axes.set_xticks([0, 1], ["without", "x = x"])
+    axes.set_yticks([0, 1], ["merged", "factorised"], rotation=90, va="center")
+    axes.set_aspect("equal")
+    for i, kind in enumerate(("merged", "factorised")):
+        for j, end in enumerate(("", ", x = x")):
+            run = runs.get(kind + end)
+            if run is not None:
+                accuracy = run["summary"]["validation_accuracy"]["mean"]
+                axes.text(j, i, f"{accuracy:.2f}", ha="center", va="center", size=12)
+
+
+def draw_weights(results):
+    """The one picture: fold along the diagonal. What was taught both ways meets."""
+    matrices = results["matrices"]
+    trained = matrices["bilinear: trained"].astype(bool)
+    n = len(trained) // 2
+    forward = np.diag(trained[:n, n:])  # of each pair
+    backward = np.diag(trained[n:, :n])
+    groups = [forward & backward, forward & ~backward, backward & ~forward]
+    pairs = np.concatenate([np.flatnonzero(group) for group in groups])
+    order = np.concatenate([pairs, n + pairs])
+    ends = np.cumsum([group.sum() for group in groups])
+    middles = ends - [group.sum() / 2 for group in groups] - 0.5
+    ticks = [*middles, *(n + middles)]
+    labels = ["A both", "A ->", "A <-", "B both", "B ->", "B <-"]
+    figure = Figure(figsize=(9, 9.4))
+    for i, run in enumerate(results["runs"], 1):
+        axes = figure.add_subplot(2, 2, i, title=run["value"])
+        if run["command"] == "onelayer":  # row x of Y holds the logits after x
+            entities = slice(2, 2 + 2 * n)
+            matrix = matrices[f"{run['value']}: Y"][entities, entities]
+        else:
+            matrix = matrices[f"{run['value']}: entities"]
+        matrix = centred(matrix[order][:, order])
+        matrix /= abs(matrix).max()
+        axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+        for edge in (*ends, *(n + ends)):
+            width = 1.2 if edge == n else 0.3
+            axes.axvline(edge - 0.5, color="black", lw=width)
+            axes.axhline(edge - 0.5, color="black", lw=width)
+        axes.axline((0, 0), slope=1, color="black", lw=0.6, ls=":")
+        axes.set_xticks(ticks, labels, size=7)
+        axes.set_yticks(ticks, labels, size=7, rotation=90, va="center")
+        axes.set(xlabel="entity said", ylabel="entity read")
+    figure.suptitle(
+        "Fold along the diagonal: what was taught both ways meets; one way, it does not"
+    )
+    return Figures({".png": figure})
 
 
 class Figures(dict):
     """{end of the file name: figure or animation}. A notebook shows them."""
+
     def save(self, stem):
         """Write them to files. Missing letters are one hint."""
-        with warnings.catch_warnings(record=True) as caught:
+        with our_style(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for end, figure in self.items():
-                how = partial(figure.savefig, dpi=100) if end.endswith("png") else partial(
-                    figure.save, writer=PillowWriter(fps=4), dpi=80)
+                if end == ".gif":
+                    how = functools.partial(figure.save, writer=PillowWriter(fps=4), dpi=72)
+                else:
+                    how = functools.partial(figure.savefig, dpi=100)
                 write(Path(f"{stem}{end}"), how)
         if any("Glyph" in str(warning.message) for warning in caught):
             say("matplotlib's font lacks some of the letters: set font.family in a matplotlibrc")
 
-    def _repr_html_(self):
+    def files(self):
+        """{end of the file name: content}"""
         with tempfile.TemporaryDirectory() as folder:
             self.save(f"{folder}/figure")
-            files = [base64.b64encode(Path(f"{folder}/figure{end}").read_bytes()) for end in self]
-        return "".join(f'<img src="data:image;base64,{file.decode()}">' for file in files)
+            return {end: Path(f"{folder}/figure{end}").read_bytes() for end in self}
+
+    def _repr_html_(self):
+        images = [base64.b64encode(content).decode() for content in self.files().values()]
+        return "".join(f'<img src="data:image;base64,{image}">' for image in images)
+
+    def _repr_png_(self):  # for a notebook that is printed
+        return self.files()[".png"]
 
 
-@matplotlib.rc_context(STYLE)
 def draw(results):
-    """All figures of a run."""
-    if "claims" in results:
-        return Figures()
-    runs, matrices = results.get("runs", [results]), results["matrices"]
-    if results["command"] == "cure":
-        return Figures({".png": draw_cures(runs, matrices)})
-    figures = Figures()
-    if results.get("weights"):
-        if results["config"]["animate"]:
-            figures[".gif"] = draw_animation(results)
-        figures["_weights.png"] = draw_maps(results)[0]
-    columns = math.ceil(len(runs) ** 0.5)
-    rows = math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(3 + 3 * columns, 1.5 + 2.7 * rows))
-    for i, run in enumerate(runs, 1):  # Figures 1, 3, 5 to 10
-        draw_panel(figure.add_subplot(rows, columns, i), run)
-    figure.legend(handles=figure.axes[0].lines, loc="outside lower center", ncols=2)
-    figures[".png"] = figure
-    if "epsilon" in runs[0]:
-        figures["_weights.png"] = draw_matrices(dict([*matrices.items()][-4:]), "logit")[0]
-    cosines = {name: matrix for name, matrix in matrices.items() if "cosine" in name}
-    if cosines:  # Figure 11
-        figures["_cosine.png"] = draw_matrices(cosines, "cosine of two token embeddings", vmin=-1,
-                                               vmax=1, cmap="RdBu_r")[0]
-    return figures
+    """All Figures of a run."""
+    pictures = {
+        "ablate": draw_ablation,
+        "bilinear": draw_bilinear,
+        "onelayer": draw_onelayer,
+        "cure": draw_cures,
+        "weights": draw_weights,
+    }
+    with our_style():
+        if "runs" in results:
+            draw_sweep = pictures[results["command"]]
+            return draw_sweep(results)
+        if "experiment" in results:
+            return results["experiment"].draw(results)
+        experiment = TASKS[results["command"]]()  # read from a file
+        return experiment.draw(results)
 
 
 # -------------------------------------------------------------------------------------- Machinery
@@ -1176,42 +2184,61 @@ def say(text):
         sys.stdout = open(os.devnull, "w")
 
 
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
 def choose_device(wanted):
     """The device to train on. Each process of torchrun takes a GPU of its own."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    process = int(os.environ.get("LOCAL_RANK", 0))
     try:
         if wanted == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(process)
             torch.set_float32_matmul_precision("high")  # TF32
         torch.zeros(1, device=wanted)
-    except Exception:  # each device has errors of its own
-        raise Problem(f"--device {wanted}: torch {torch.__version__} finds none here") from None
+    except Exception as error:  # each device has errors of its own
+        reason = first_line(error)
+        raise Problem(f"--device {wanted}: process {process} finds none ({reason})") from None
     return wanted
 
 
-def read_facts(path):
-    """The pairs (A, B) of a file with a pair a line and a tab between."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"--facts {path}: cannot be read as UTF-8 text ({error})") from None
-    facts, bad, left_out, seen = [], [], [], set()
-    for number, line in enumerate(lines, 1):
-        names = [name.strip() for name in line.rstrip().split("\t")]
-        if len(names) != 2 or not all(names):
-            bad += [str(number)] if line.strip() else []
-        elif len({*names} - seen) < 2:  # a name is a token, and has one partner
-            left_out.append(" - ".join(names))
+def read_facts(source):
+    """The pairs (A, B) of a file with a pair a line and a tab between, or of a list of pairs."""
+    what, rows = "facts", source
+    if isinstance(source, str | Path):
+        what = f"--facts {source}"
+        try:
+            text = Path(source).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Problem(f"{what}: cannot be read as UTF-8 text ({error})") from None
+        text = text.replace("\ufeff", "")  # byte order marks
+        rows = [line.strip().split("\t") for line in text.split("\n")]
+    facts, known = [], set()
+    bad, left_out = [], []
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, str) or not all(isinstance(name, str) for name in row):
+            raise Problem(f"facts: must be a file or pairs of names, not {row!r}")
+        # Names that look the same are the same: one Unicode form, single blanks.
+        pair = tuple(" ".join(unicodedata.normalize("NFC", name).split()) for name in row)
+        if not any(pair):  # an empty line
+            continue
+        if len(pair) != 2 or not all(pair):
+            bad.append(str(number))
+        elif pair[0] == pair[1] or known & set(pair):  # a name is a token, and has one partner
+            left_out.append(" - ".join(pair))
         else:
-            facts.append(names)
-            seen |= {*names}
+            facts.append(pair)
+            known.update(pair)
     if bad or len(facts) < 4:
-        raise Problem(f"--facts {path}: has {len(facts)} pairs, and 4 are needed; not two names "
-                      f"with a tab between in {len(bad)} lines ({', '.join(bad[:5])})")
+        raise Problem(
+            f"{what}: has {len(facts)} pairs, and 4 are needed; not two names with a tab between "
+            f"in {len(bad)} lines ({', '.join(bad[:5])})"
+        )
     if left_out:
         say(f"{len(left_out)} pairs left out, with a name seen before: {', '.join(left_out[:5])}")
-    return facts
+    return tuple(facts)
 
 
 def place():
@@ -1227,59 +2254,32 @@ def join(rows):
     if len(everyone) > 1:
         say("waiting for the other processes")
         distributed.all_gather_object(everyone, rows)
-    rows = {seed: row for some in everyone for seed, row in some.items()}
-    return [rows[seed] for seed in sorted(rows)]
+    together = {}
+    for some in everyone:
+        together.update(some)
+    if "diverged" in together:
+        raise FloatingPointError(together["diverged"])
+    return [together[seed] for seed in sorted(together)]
 
 
-class Keeper:
-    """The progress of one training, and its checkpoint, from which it can go on."""
-    def __init__(self, s, seeds, weights, optimizer, orders):
-        self.s, self.weights, self.optimizer = s, weights, optimizer
-        self.label = f"{s.label}, from seed {seeds[0]}"
-        self.path = s.keep and Path(f"{s.keep}.{self.label.replace('/', '-')}.pt")
-        self.settings = repr((seeds, s.altered(out="", quiet="", keep="").given()))
-        self.generators = [*orders, torch.default_generator, *torch.cuda.default_generators]
-        self.began = time.monotonic()
-        self.next = self.began + 5
-
-    def load(self):
-        """(epoch to begin with, what was measured so far, frames so far)"""
-        if not (self.path and self.path.exists()):
-            return 0, [], []
-        try:
-            settings, weights, moments, states, *done = torch.load(self.path, weights_only=True)
-        except Exception:  # whatever a damaged file leads to
-            settings = None
-        if settings != self.settings:
-            raise Problem(f"{self.path} is of other flags, or damaged: delete it, or change --out")
-        for name, tensor in self.weights.items():
-            tensor.data.copy_(weights[name])
-        self.optimizer.load_state_dict(moments)
-        for generator, state in zip(self.generators, states):
-            generator.set_state(state)
-        say(f"{self.label}: going on after epoch {done[0]}")
-        return done
-
-    def keep(self, epoch, measured, frames):
-        """Say and save the progress; a twentieth of the time at most. FloatingPointError if NaN."""
-        now, loss = time.monotonic(), measured[-1][:, :, 0].mean()
-        if epoch < self.s.epochs and now < self.next:
-            return
-        if loss.isnan():
-            raise FloatingPointError(f"{self.label}: loss NaN at epoch {epoch}: try a smaller --lr")
-        if not self.s.quiet:
-            say(f"{self.label}: epoch {epoch} of {self.s.epochs}, NLL of all sentences {loss:.3f}, "
-                f"{now - self.began:.0f} s")
-        if self.path:
-            states = [generator.get_state() for generator in self.generators]
-            state = self.settings, self.weights, self.optimizer.state_dict(), states
-            write(self.path, partial(torch.save, (*state, epoch, measured, frames)))
-        after = time.monotonic()
-        self.next = after + 5 + 20 * (after - now)
+def is_running(pid):
+    """Whether a process is there, for all that we know."""
+    try:
+        if os.name == "posix":  # elsewhere there is no harmless way to ask
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is there, but not ours
+        return True
+    return True
 
 
 def write(path, how):
     """Let how(path) write a file: it appears whole or not at all."""
+    for left in path.parent.glob(f".*.tmp.{glob.escape(path.name)}"):  # by one that was killed
+        pid = left.name.split(".")[1]
+        if pid.isdecimal() and not is_running(int(pid)):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         how(temporary)
@@ -1288,36 +2288,179 @@ def write(path, how):
         temporary.unlink(missing_ok=True)
 
 
-def run(s):
-    """Carry out a command, such as Reversal(seeds=2): its results, which draw(results) shows."""
-    # A notebook writes no file. The command line sets s.keep, the path of the checkpoints.
-    for plan in s.plans or [s]:
-        for training in plan.trainings.values():
-            prepare(training)
-    if s.keep:
+class Keeper:
+    """The progress of a command's trainings, and the checkpoints from which they go on.
+
+    stem: the beginning of the checkpoints' paths; without it, as in a notebook, none is written.
+    """
+
+    def __init__(self, stem=None):
+        self.stem = stem
+        self.files = set()  # that this run made, or goes on from
+        self.failed = False
+        self.next_save = time.monotonic() + 30  # not sooner: at the paper's size it is 2 GB
+
+    def prepare(self, experiment, label, seeds):
+        """Remember what is trained next."""
+        self.label = f"{label}, from seed {seeds[0]}"
+        self.path = None
+        if self.stem is not None:
+            self.path = Path(f"{self.stem}.{self.label.replace('/', '-')}.pt")
+        self.settings = asdict(experiment) | {"class": type(experiment).__name__}
+        self.settings |= {"seeds": list(seeds), "out": "", "quiet": ""}
+        self.quiet, self.epochs = experiment.quiet, experiment.epochs
+        self.began = time.monotonic()
+        self.next_line = self.began + 5
+
+    def begin(self, ensemble, optimizer, generators, history, frames):
+        """Go on from the checkpoint, if there is one: (epochs done, history, frames)."""
+        self.weights, self.optimizer = ensemble.weights, optimizer
+        self.generators = [*generators, torch.default_generator, *torch.cuda.default_generators]
+        if self.path is None or not self.path.exists():
+            return 0, history, frames
+        what = "damaged, or of another version of revcurse.py"
         try:
-            Path(s.out).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=s.out).close()
-        except OSError as error:
-            raise Problem(f"--out {s.out}: {error}") from None
-    gpu = "a GPU is there" if torch.cuda.is_available() else "there is no CUDA GPU"
-    say(f"{s.name} on {choose_device(s.device)}; {gpu}")
-    results = COMMANDS[type(s)](s)
-    if s.keep and place()[0] == 0:  # numbers first, then the pictures, which can be drawn again
-        stem, numbers = Path(s.out, s.name), dict(results)
-        matrices = numbers.pop("matrices")
-        if matrices:
-            write(Path(f"{stem}.npz"), partial(np.savez_compressed, **matrices))
-        write(Path(f"{stem}.json"), lambda path: path.write_text(json.dumps(numbers, indent=1)))
-        say(f"wrote {stem}.json, and draws it")
-        for path in Path(s.out).glob(f".{s.name}.*.pt"):
-            path.unlink()
+            with torch.serialization.safe_globals([Evaluation]):
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
+            changed = []
+            for name, value in self.settings.items():
+                if state["settings"][name] != value:
+                    changed.append(f"{name} {state['settings'][name]}, now {value}")
+            if changed:
+                what = f"of other flags ({'; '.join(changed)})"
+            else:
+                for name, tensor in self.weights.items():
+                    tensor.data.copy_(state["weights"][name])
+                self.optimizer.load_state_dict(state["optimizer"])
+                for generator, numbers in zip(self.generators, state["generators"]):
+                    generator.set_state(numbers)
+                self.files.add(self.path)
+                say(f"{self.label}: going on after epoch {state['epoch']}")
+                return state["epoch"], state["history"], state["frames"]
+        except Exception:  # whatever a strange file leads to
+            pass
+        raise Problem(f"{self.path}: is {what}; delete it, or take another --out")
+
+    def after_epoch(self, epoch, history, frames):
+        """Say how far the training is, and save it; that takes a twentieth of the time at most."""
+        now = time.monotonic()
+        if now >= self.next_line and not self.quiet:
+            latest = history[max(history)]
+            losses = [parts["trained"].nll.mean().item() for parts in latest]
+            told = f"epoch {epoch} of {self.epochs}, NLL of what is trained {np.mean(losses):.3f}"
+            say(f"{self.label}: {told}, {now - self.began:.0f} s")
+            self.next_line = now + 5
+        if self.path is None or now < self.next_save:
+            return
+        state = {
+            "settings": self.settings,
+            "epoch": epoch,
+            "weights": self.weights,
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [generator.get_state() for generator in self.generators],
+            "history": history,
+            "frames": frames,
+        }
+        try:
+            write(self.path, functools.partial(torch.save, state))
+            self.files.add(self.path)
+        except (OSError, RuntimeError) as error:  # torch has both for a full disk
+            if not self.failed:
+                say(f"no checkpoint can be written ({first_line(error)}); the training goes on")
+            self.failed = True
+        after = time.monotonic()
+        self.next_save = after + 20 * (after - now)
+
+
+IN_MEMORY = ("matrices", "models", "experiment")  # results that are no numbers
+
+
+def run(plan, keeper=None):
+    """Carry out an experiment, such as Reversal(seeds=2), or a Sweep, such as ablate("layers").
+
+    Returns the results: numbers, `matrices` and, of one experiment, `models`, the trained models of
+    this process (they share memory: save a copy.deepcopy of one). draw(results) shows them.
+    """
+    if keeper is None:
+        keeper = Keeper()
+    if not isinstance(plan, Sweep):
+        return run_trial(plan, plan.stem, keeper)
+    for trial in plan.trials.values():  # all are checked before the first is trained
+        prepare(trial)
+    runs, matrices = {}, {}
+    for label, trial in plan.trials.items():
+        same = [other for other in runs if plan.trials[other] == trial]
+        if same:  # the usual model, which is on every axis of an ablation, is trained once
+            twin = runs[same[0]]
+            runs[label] = twin | {"value": label}
+            continue
+        try:
+            results = run_trial(trial, label, keeper)
+        except FloatingPointError as error:
+            say(f"diverged: {error}")
+            results = {"value": label, "outcome": "diverged", "verdict": str(error), "matrices": {}}
+            results |= {"expected": trial.expected, "config": asdict(trial)}
+        for name in plan.keep & results["matrices"].keys():
+            matrices[f"{label}: {name}"] = results["matrices"][name]
+        runs[label] = {name: each for name, each in results.items() if name not in IN_MEMORY}
+    return {"command": plan.command, "runs": list(runs.values()), "matrices": matrices}
+
+
+def save_results(results, stem):
+    """Write stem.json with the numbers, and stem.npz with the matrices, if there are any."""
+    numbers = {name: each for name, each in results.items() if name not in IN_MEMORY}
+    if results["matrices"]:
+        write(Path(f"{stem}.npz"), functools.partial(np.savez_compressed, **results["matrices"]))
+    text = json.dumps(numbers, indent=1, allow_nan=False, default=str)
+    write(Path(f"{stem}.json"), lambda path: path.write_text(text))
+    say(f"wrote {stem}.json")
+
+
+def carry_out(plan, within=""):
+    """Run a plan, write its results, and draw them; `within` names the command around it."""
+    first = next(iter(plan.trials.values()))
+    stem = Path(first.out).expanduser() / plan.stem
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=stem.parent).close()
+    except OSError as error:
+        raise Problem(f"--out {first.out}: {error}") from None
+    say(f"{plan.stem} on {choose_device(first.device)}")
+    keeper = Keeper(stem.with_name(f".{within}{plan.stem}"))
+    results = run(plan, keeper)
+    if place()[0] == 0:  # numbers first, then the pictures, which can be drawn again
+        save_results(results, stem)
+    if distributed.is_initialized():
+        distributed.barrier()
+    for path in keeper.files:
+        path.unlink(missing_ok=True)
+    if place()[0] == 0:
         try:
             draw(results).save(stem)
-        except Exception as error:  # LaTeX, a folder in the way, a full disk
-            raise OSError(f"a picture failed ({error}), but the numbers are safe: revcurse.py plot "
-                          f"{stem}.json draws them") from None
+        except Exception as error:  # a folder in the way, a full disk
+            hint = f"but the numbers are safe: revcurse.py plot {stem}.json draws them"
+            raise OSError(f"a picture failed ({error}), {hint}") from None
     return results
+
+
+def claims_of(stem, runs):
+    """What must be seen in the trainings of a command, and what was: a row an expected outcome."""
+    claims = []
+    for expected in OUTCOMES:
+        group = [one for one in runs if one["expected"] == expected]
+        seen = []
+        for key in ("train_accuracy", "validation_accuracy", "matched_rank"):
+            values = [one["summary"][key]["per_seed"] for one in group if "summary" in one]
+            values = [value for value in sum(values, []) if value is not None]
+            if values:
+                seen.append(f"{key.replace('_', ' ')} {min(values):.3f} to {max(values):.3f}")
+        others = [
+            f"{one['value']}: {one['outcome']}" for one in group if one["outcome"] != expected
+        ]
+        claim = {"figure": stem, "expected": f"{OUTCOMES[expected]}, in {len(group)} trainings"}
+        if group:
+            claims.append(claim | {"seen": "; ".join(seen + others), "holds": not others})
+    return claims
 
 
 def plot(files):
@@ -1327,41 +2470,136 @@ def plot(files):
         try:
             results = json.loads(Path(file).read_text()) | {"matrices": {}}
             if Path(f"{stem}.npz").exists():
-                with open(f"{stem}.npz", "rb") as file:
-                    results["matrices"] = dict(np.load(file))
+                with open(f"{stem}.npz", "rb") as arrays:
+                    results["matrices"] = dict(np.load(arrays))
             draw(results).save(stem)
         except Exception as error:  # a strange file can go wrong in every way
             raise Problem(f"{stem}.json: not a results file, or damaged ({error!r})") from None
 
 
+# Commands: what makes the plan, the class whose fields are flags, defaults of its own, and the help.
+TASKS = {"reversal": Reversal, "chain": Chain, "icl": ICL}
+COMMANDS = {
+    "reversal": (Reversal.make, Reversal, {}, 'Figures 1 and 2: train "A -> B", ask "B <-"'),
+    "chain": (Chain.make, Chain, {}, 'Figures 3 and 4: train "A -> B" and "B -> C", ask "A ~>"'),
+    "icl": (ICL.make, ICL, {}, "in-context reversal, where the curse does not appear"),
+    "ablate": (ablate, Chain, ABLATE_LAPTOP, "Figures 5 to 12: what does not help"),
+    "bilinear": (bilinear, BilinearTheory, {}, "Section 3: the bilinear model, Theorems 1 and 2"),
+    "onelayer": (onelayer, OneLayerTheory, {}, "Section 4: the one-layer transformer"),
+    "cure": (cure, Experiment, CURE_LAPTOP, "what breaks the curse, and what does not (ours)"),
+    "weights": (weights, Settings, {"seeds": 1}, "the curse in four models, in one picture"),
+    "all": (None, Experiment, {}, "all of this; a flag goes to each command that has it"),
+}
+ALL = [  # what `all` carries out
+    ("reversal", {"animate": True, "cosine": True}),
+    ("chain", {}),
+    ("chain", {"related_tokens": True}),
+    ("icl", {}),
+    ("bilinear", {"symmetric": True}),
+    ("onelayer", {}),
+    ("weights", {}),
+    ("cure", {}),
+    ("ablate", {}),
+    ("ablate", {"task": "chain"}),
+]
+
+
 class Parser(argparse.ArgumentParser):
     """Argparse that reports an error in one line."""
+
     def error(self, message):
         raise Problem(message)
 
 
+def add_flags(command, experiment, defaults):
+    """The fields of an experiment as flags of a command, with the defaults that hold there."""
+    for f in fields(experiment):
+        flag = f"--{f.name.replace('_', '-')}"
+        text = f.metadata["help"]
+        default, paper = defaults.get(f.name, f.default), f.metadata["paper"]
+        if default not in (None, False, ()):
+            text += f" [{default}]"
+        if paper is not None:
+            text += f" [paper: {paper}]"
+        if f.type is bool:
+            command.add_argument(flag, help=text, action="store_true")
+        elif f.name == "betas":
+            command.add_argument(flag, help=text, type=float, nargs=2)
+        elif experiment is BilinearTheory and f.name == "dim":
+            command.add_argument("--dims", help="dimensions [16 to 1024]", type=int, nargs="+")
+        else:
+            kind = {int | None: int, tuple: str}.get(f.type, f.type)
+            command.add_argument(flag, help=text, type=kind, choices=f.metadata["choices"])
+
+
 def parse(argv):
-    """(command, {flag: value} of those that are given). A command has the fields of its class."""
-    parser = Parser(prog="revcurse.py")
+    """(command, {flag: value} of those that are given)."""
+    parser = Parser(prog="revcurse.py", description="The reversal curse, made visible.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("plot", help="draw saved results again")
     command.add_argument("files", nargs="+", help="results.json, with its .npz")
-    for name, kind in KINDS.items():
-        command = commands.add_parser(name, help=kind.__doc__, description=kind.__doc__,
-                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-        for f in fields(kind):
-            about = f.metadata
-            text = about["help"]
-            if about["laptop"]:
-                text += f" [{about['laptop']}]"
-            if about["paper"]:
-                text += f" [paper: {about['paper']}]"
-            how = {"action": "store_true"} if f.type is bool else {
-                "type": f.type, "nargs": about["nargs"], "choices": about["choices"]}
-            name = f.name if f.name == "axis" else f"--{f.name.replace('_', '-')}"
-            command.add_argument(name, help=text, **how)
+    for name, (_, experiment, defaults, text) in COMMANDS.items():
+        how = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+        command = commands.add_parser(name, help=text, description=text, **how)
+        if issubclass(experiment, Experiment):
+            sizes = ("laptop", "paper")
+            command.add_argument("--preset", help="the defaults of the others", choices=sizes)
+        if name == "ablate":
+            axes = f"{', '.join(AXES)}, or any flag of the task [all]"
+            command.add_argument("axis", help=axes, nargs="?")
+            command.add_argument("--task", help="what to train", choices=("reversal", "chain"))
+        if name in ("ablate", "cure"):
+            command.add_argument("--values", help="which to try [all]", nargs="+")
+        add_flags(command, experiment, defaults)
     flags = vars(parser.parse_args(argv))
     return flags.pop("command"), flags
+
+
+def make_plans(command, flags):
+    """The experiments and Sweeps of a command."""
+    if command != "all":
+        return [COMMANDS[command][0](**flags)]
+    plans = []
+    for name, changes in ALL:
+        make, experiment = COMMANDS[name][:2]
+        known = {f.name for f in fields(experiment)}
+        if issubclass(experiment, Experiment):
+            known.add("preset")
+        own = {flag: value for flag, value in flags.items() if flag in known}
+        plans.append(make(**(own | changes)))
+    return plans
+
+
+def carry_out_line(argv):
+    """Carry out a command line: the labels of the trainings that diverged."""
+    command, flags = parse(argv)
+    if command == "plot":
+        plot(flags["files"])
+        return []
+    plans = make_plans(command, flags)
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    elif "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        raise Problem("RANK or WORLD_SIZE is set, but not by torchrun: unset it")
+    for plan in plans:
+        for trial in plan.trials.values():
+            prepare(trial)
+    everything = {"command": "all", "claims": [], "trainings": [], "matrices": {}}
+    lost = []
+    for plan in plans:
+        results = carry_out(plan, "all." if command == "all" else "")
+        runs = results.get("runs", [results])
+        for claim in claims_of(plan.stem, runs):
+            everything["claims"].append(claim)
+            say("{figure}: {expected}. Seen: {seen}. It holds: {holds}".format(**claim))
+        for one in runs:
+            everything["trainings"].append(one.get("title", one["value"]))
+        lost += [one["value"] for one in runs if one["outcome"] == "diverged"]
+    if command == "all" and place()[0] == 0:
+        save_results(everything, Path(plans[0].out).expanduser() / "all")
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    return lost
 
 
 def main(argv=None):
@@ -1369,19 +2607,10 @@ def main(argv=None):
     with contextlib.suppress(AttributeError):  # a replaced or a closed output
         sys.stdout.reconfigure(errors="replace")  # letters that the terminal lacks
     try:
-        command, flags = parse(argv)
-        if command == "plot":
-            plot(**flags)
+        lost = carry_out_line(argv)
+        if not lost:
             return 0
-        s = KINDS[command](**flags)
-        if distributed.is_torchelastic_launched():
-            distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        elif "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-            raise Problem("RANK or WORLD_SIZE is set, but not by torchrun: unset it")
-        run(s.altered(keep=f"{s.out}/.{s.name}"))
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-        return 0
+        message, status = f"{', '.join(lost)}: diverged; try a smaller --lr", 1
     except Problem as problem:
         message, status = problem, 2
     except (OSError, FloatingPointError) as error:
