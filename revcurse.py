@@ -87,8 +87,9 @@ class Dataset:
         return torch.cat(list(self.test.values()))
 
 
-def split_sizes(letters, length, complete=None, held_out=None):
+def split_sizes(vocab, length, complete=None, held_out=None):
     """How many facts are complete and how many held-out; None stands for the paper's number."""
+    letters = vocab // 4
     spelled = letters**length  # entities that can be spelled
     if length <= 2:
         facts = min(spelled, 2 * letters)
@@ -102,7 +103,7 @@ def split_sizes(letters, length, complete=None, held_out=None):
         held_out = facts - usual_complete
     if complete < 0 or held_out < 1 or complete + held_out > spelled:
         raise ValueError(
-            f"vocab {4 * letters}: a quarter of it spells {spelled} entities of {length} tokens, "
+            f"vocab {vocab}: a quarter of it spells {spelled} entities of {length} tokens, "
             f"too few for {complete} complete and {held_out} held-out facts"
         )
     return complete, held_out
@@ -148,7 +149,7 @@ def reversal_data(vocab=800, entity_length=1, complete=None, held_out=None, fact
         raise ValueError(f"vocab {vocab}: {len(facts)} facts need {4 * len(facts)}, of one token")
     rng = random.Random(seed)
     letters = vocab // 4
-    complete, held_out = split_sizes(letters, entity_length, complete, held_out)
+    complete, held_out = split_sizes(vocab, entity_length, complete, held_out)
     As = draw_entities(2, letters, entity_length, complete + held_out, rng)
     Bs = draw_entities(2 + letters, letters, entity_length, complete + held_out, rng)
     forward = join_entities(As, FORWARD, Bs)
@@ -191,7 +192,7 @@ def chain_data(vocab=800, entity_length=1, complete=None, held_out=None, seed=0)
     """
     rng = random.Random(seed)
     letters = vocab // 4
-    complete, held_out = split_sizes(letters, entity_length, complete, held_out)
+    complete, held_out = split_sizes(vocab, entity_length, complete, held_out)
     count = complete + held_out
     As = draw_entities(2, letters, entity_length, count, rng)
     Bs = draw_entities(2 + letters, letters, entity_length, count, rng)
@@ -226,7 +227,9 @@ def icl_data(vocab=400, complete=7, held_out=3, seed=0):
     letters = vocab // 4
     partners = complete + held_out
     if letters < 1 or complete < 1 or letters + partners > vocab:
-        raise ValueError(f"vocab {vocab}: too few tokens for {letters} A's and {partners} B's")
+        raise ValueError(
+            f"vocab {vocab}: no room for {letters} A's and {complete} + {held_out} B's"
+        )
     trained, asked = [], []
     for a in range(3, 3 + letters):
         Bs = rng.sample(range(3 + letters, 3 + letters + partners), partners)
@@ -270,7 +273,7 @@ class Attention(nn.Module):
         # how much t listens to s. Among the s up to t, softmax turns the scores into weights.
         scores = q @ k.mT / math.sqrt(width)  # (B, H, T, T)
         if self.causal:
-            future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (T, T)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, -math.inf)
         # A forward hook on attn_dropout sees these attention weights: the README shows how.
         attention = self.attn_dropout(scores.softmax(-1))
@@ -377,11 +380,16 @@ class GPT(nn.Module):
 NLL_CEILING = -math.log(1e-50)  # the authors clip p at 1e-50, so their curves saturate at 115
 
 
+def cross_entropy(logits, targets):
+    """Mean -log p of the targets (B, T), given logits (B, T, V). (That of torch is slow in vmap.)"""
+    log_p = logits.log_softmax(-1)
+    return -log_p.gather(-1, targets[..., None]).mean()
+
+
 def nll(model, sentences, last=1):
     """Mean -log p of the last tokens of sentences (B, T + 1), each given those before it."""
     logits = model(sentences[:, :-1], last)  # (B, last, V)
-    targets = sentences[:, -last:]  # (B, last)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return cross_entropy(logits, sentences[:, -last:])
 
 
 class Evaluation(NamedTuple):
@@ -432,8 +440,14 @@ class Ensemble:
 
             return loss(model, sentences)
 
-        # vmap runs a function written for one model on all S rows at once. Dropout differs.
-        return vmap(loss_of_one, randomness="different")(self.weights, sentences)
+        try:
+            # vmap runs a function written for one model on all S rows at once. Dropout differs.
+            return vmap(loss_of_one, randomness="different")(self.weights, sentences)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            reason = first_line(error)
+            raise Problem(f"not for many models: {reason} --seeds-at-once 1 trains it") from None
 
 
 def train(experiment, models, datasets, seeds, keeper=None):
@@ -589,9 +603,12 @@ class Settings:
     def evaluate(self, model, data):
         """What is measured at several epochs: {part: Evaluation}."""
         model.eval()
+        n = len(data.train_sentences())
+        sentences = torch.cat([data.train_sentences(), data.test_sentences()])
+        nlls, correct = evaluate(model, sentences, data.answer_length)
         return {
-            "trained": evaluate(model, data.train_sentences(), data.answer_length),
-            "asked": evaluate(model, data.test_sentences(), data.answer_length),
+            "trained": Evaluation(nlls[:n], correct[:n]),
+            "asked": Evaluation(nlls[n:], correct[n:]),
         }
 
     def input_vectors(self, model):
@@ -1110,6 +1127,8 @@ def ablate(axis=None, task=None, values=None, preset="laptop", **given):
     experiment = TASKS[task]
     stem = "ablate" if task == "reversal" else f"ablate-{task}"
     axes = [name for name in AXES if name != "related-tokens" or task == "chain"]
+    if "facts" in given:
+        given["facts"] = read_facts(given["facts"])  # only once, for it may be a pipe
     trials = {}
     if axis is None:
         if values is not None:
@@ -1130,7 +1149,7 @@ def ablate(axis=None, task=None, values=None, preset="laptop", **given):
         if changes is None:
             changes = read_value(field_of_axis, axis, value)
         for name in given:
-            if name in changes or name not in known:
+            if name in changes or name not in known or name == "animate":
                 raise Problem(f"--{name.replace('_', '-')}: does not go with ablate {axis}")
         usual = ABLATE_LAPTOP | ABLATE_LAPTOP_OF.get(axis, {})
         if "facts" in given | changes:
@@ -1349,9 +1368,12 @@ class BilinearTheory(Settings):
             words = "not reached" if None in reached else f"{min(reached):.2f}"
             results["verdict"] += f" At L = {c}, L_rev is at least {words}."
         bound = results["chance"]["vocabulary"] - math.log(2)
+        slopes, summary = results["slope"], results["summary"]
+        own, normaliser = summary["own_logit_shift"]["mean"], summary["normaliser_shift"]["mean"]
         results["verdict"] += (
-            f" Theorem 2 wants {bound:.2f}. Slope of L_rev at the start: {min(results['slope']):+.4f}"
-            f" to {max(results['slope']):+.4f}; theory: 1/d = {1 / self.dim:.4f}."
+            f" Theorem 2 wants {bound:.2f}. The shift of L_rev is {own:+.4f} by the own logit and "
+            f"{normaliser:+.4f} by the normaliser. Slope of L_rev at the start: {min(slopes):+.4f} "
+            f"to {max(slopes):+.4f}; theory: 1/d = {1 / self.dim:.4f}."
         )
 
 
@@ -1561,8 +1583,8 @@ class EitherBlank(Cure):
         return model
 
     def batch_loss(self, model, sentences):
-        before = model(sentences[:, 1:], 2)[:, 0]  # x is said at r, which attends to y: (B, V)
-        return nll(model, sentences) + F.cross_entropy(before, sentences[:, 0])
+        logits = model(sentences[:, 1:], 2)  # x is said at r, which attends to y: (B, 2, V)
+        return nll(model, sentences) + cross_entropy(logits[:, :1], sentences[:, :1])
 
 
 class RulePenalty(Cure):
@@ -2206,7 +2228,7 @@ def choose_device(wanted):
 
 def read_facts(source):
     """The pairs (A, B) of a file with a pair a line and a tab between, or of a list of pairs."""
-    what, rows = "facts", source
+    what = "facts"
     if isinstance(source, str | Path):
         what = f"--facts {source}"
         try:
@@ -2214,12 +2236,16 @@ def read_facts(source):
         except (OSError, UnicodeDecodeError) as error:
             raise Problem(f"{what}: cannot be read as UTF-8 text ({error})") from None
         text = text.replace("\ufeff", "")  # byte order marks
-        rows = [line.strip().split("\t") for line in text.split("\n")]
+        source = [line.strip().split("\t") for line in text.split("\n")]
+    try:
+        rows = [None if isinstance(row, str) else "\t".join(row).split("\t") for row in source]
+    except TypeError:  # not rows of texts
+        rows = [None]
+    if None in rows:
+        raise Problem("facts: must be a file or pairs of names")
     facts, known = [], set()
     bad, left_out = [], []
     for number, row in enumerate(rows, 1):
-        if isinstance(row, str) or not all(isinstance(name, str) for name in row):
-            raise Problem(f"facts: must be a file or pairs of names, not {row!r}")
         # Names that look the same are the same: one Unicode form, single blanks.
         pair = tuple(" ".join(unicodedata.normalize("NFC", name).split()) for name in row)
         if not any(pair):  # an empty line
@@ -2563,6 +2589,8 @@ def make_plans(command, flags):
     for name, changes in ALL:
         make, experiment = COMMANDS[name][:2]
         known = {f.name for f in fields(experiment)}
+        if experiment is BilinearTheory:
+            known.remove("dim")  # it has --dims
         if issubclass(experiment, Experiment):
             known.add("preset")
         own = {flag: value for flag, value in flags.items() if flag in known}
