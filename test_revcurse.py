@@ -797,23 +797,36 @@ def test_chain_of_thought_by_hand():
         (1.0, 0.95, 0.1, 0.0, "no curse"),
         (1.0, 0.09, 2.1, 0.5, "curse"),
         (1.0, 0.5, 9.0, 0.0, "some"),
-        (1.0, 0.05, 1.9, 0.1, "some"),
+        (1.0, 0.05, 1.9, 0.5, "trace"),
     ],
 )
 def test_outcomes(trained, asked, nll, rank, outcome):
     numbers = {"train_accuracy": trained, "validation_accuracy": asked, "validation_nll": nll}
     numbers |= {"train_nll": 0.1, "matched_rank": rank, "others_nll": 9.5}
-    summary = {name: {"mean": mean} for name, mean in numbers.items()}
-    found, text = revcurse.verdict({"unseen": "x", "chance": {"alphabet": 2.0}, "summary": summary})
+    summary = {name: {"mean": mean, "per_seed": [mean] * 10} for name, mean in numbers.items()}
+    results = {"unseen": "x", "chance": {"alphabet": 2.0}, "summary": summary}
+    found, text = revcurse.verdict(results | {"counts": {"validation": 60}})
     assert found == outcome and text.startswith(f"{revcurse.OUTCOMES[outcome]}: ")
     assert (rank is None) or f"rank {rank:.3f}" in text
+
+
+def test_a_trace_is_clearly_below_chance():
+    for rank, asked, expected in (
+        (0.39, 10, True),
+        (0.39, 4, False),
+        (0.2, 4, True),
+        (0.41, 1000, False),
+    ):
+        summary = {"matched_rank": {"mean": rank, "per_seed": [rank] * 10}}
+        results = {"summary": summary, "counts": {"validation": asked}}
+        assert revcurse.has_trace(results) == expected
 
 
 def test_the_curse(tmp_path, capsys):
     assert run_in(tmp_path, "reversal", seeds=3, seed=3) == 0
     printed = capsys.readouterr().out
     assert "reversal on c" in printed and "340 sentences, 202,880 parameters" in printed
-    assert "The curse, and no trace: 100.0%" in printed and printed.count("right is ") == 3
+    assert "The curse, and no clear trace: 100.0%" in printed and printed.count("right is ") == 3
     results = read(tmp_path)
     assert results["counts"] == {"train": 340, "validation": 60} and results["seconds"] > 0
     assert results["outcome"] == "curse" and results["config"]["epochs"] == 80
@@ -1031,9 +1044,9 @@ def test_all_and_its_claims(tmp_path, monkeypatch, capsys):
     claims = [(claim["figure"], claim["expected"]) for claim in results["claims"]]
     assert claims == [
         ("icl", "No curse, in 1 trainings"),
-        ("ablate-layers", "The curse, and no trace, in 1 trainings"),
+        ("ablate-layers", "The curse, and no clear trace, in 1 trainings"),
         ("cure", "The curse, but a trace, in 1 trainings"),
-        ("cure", "The curse, and no trace, in 1 trainings"),
+        ("cure", "The curse, and no clear trace, in 1 trainings"),
     ]
     for claim in results["claims"]:  # in so few steps only the in-context task is learned
         assert claim["holds"] == (claim["figure"] == "icl") == ("not learned" not in claim["seen"])
@@ -1056,7 +1069,7 @@ def test_claims_by_hand():
     ]
     no_curse, curse = revcurse.claims_of("x", runs)
     assert no_curse["holds"] is False and no_curse["seen"] == "d: diverged"
-    assert curse["expected"] == "The curse, and no trace, in 2 trainings"
+    assert curse["expected"] == "The curse, and no clear trace, in 2 trainings"
     seen = "train accuracy 1.000 to 1.000; validation accuracy 0.000 to 0.500; "
     assert curse["seen"] == f"{seen}matched rank 0.250 to 0.250; b: some"
     (good,) = revcurse.claims_of("x", runs[:1])
@@ -1091,7 +1104,7 @@ def test_each_cure_and_only_the_oracle_is_told_what_is_asked():
     assert set(added[:, 0].tolist()) == set(others[:, [0, 2]].flatten().tolist())
     assert len(set(added[:, 2].tolist())) == len(added)  # a target of its own
     assert not set(added[:, 1:].flatten().tolist()) & set(others.flatten().tolist())
-    assert (trials["oracle"].lr, trials["oracle"].weight_decay) == (0.003, 1.0)
+    assert (trials["oracle"].lr, trials["oracle"].weight_decay) == (0.003, 0.1)
     paper = trials["oracle, as in the paper"]
     assert (paper.lr, paper.weight_decay, paper.variant) == (0.01, 0.01, "paper")
 
@@ -1168,10 +1181,10 @@ def test_cures_of_the_theory():
         assert one["setting"] == "theory" and summary["train_accuracy"]["mean"] == 1
         assert summary["validation_accuracy"]["mean"] == (one["cure"] == "factorised, x = x")
         assert one["outcome"] == one["expected"]
-    model = revcurse.SumOfTokens(5, 3)
+    model = revcurse.SumOfTokens(5, 3, True)
     logits = model(torch.tensor([[1, 4]]))[0, 0]
     torch.testing.assert_close(logits, (model.E[1] + model.E[4]) @ model.U.T)
-    merged = revcurse.SumOfTokens(5)
+    merged = revcurse.SumOfTokens(5, 5, False)
     torch.testing.assert_close(merged(torch.tensor([[1, 4]]))[0, 0], merged.E[1] + merged.E[4])
 
 
@@ -1492,7 +1505,7 @@ def test_bad_results_to_plot(tmp_path, capsys, monkeypatch):
 
 def test_in_a_notebook(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(revcurse.Keeper, "prepare", hurried(revcurse.Keeper.prepare))
+    monkeypatch.setattr(revcurse.Keeper, "next_training", hurried(revcurse.Keeper.next_training))
     results = run(Reversal(**TINY | {"quiet": False}))
     assert "epoch 1 of 12" in capsys.readouterr().out and names_in(tmp_path) == []
     assert run_in(tmp_path, "reversal", **TINY) == 0
@@ -1510,11 +1523,11 @@ def test_in_a_notebook(tmp_path, capsys, monkeypatch):
         assert draw(run(sweep))._repr_html_()
 
 
-def hurried(prepare_of_keeper):
-    """Keeper.prepare, after which a progress line is due at once."""
+def hurried(next_training):
+    """Keeper.next_training, after which a progress line is due at once."""
 
     def prepare_now(self, *args):
-        prepare_of_keeper(self, *args)
+        next_training(self, *args)
         self.next_line = 0
 
     return prepare_now
@@ -1743,7 +1756,7 @@ def test_no_checkpoint_in_the_first_half_minute_and_later_a_twentieth(tmp_path, 
     monkeypatch.setattr(revcurse, "write", slow)
     keeper = revcurse.Keeper(tmp_path / ".x")
     experiment, models, datasets = tiny(0)
-    keeper.prepare(experiment, "x", [0])
+    keeper.next_training(experiment, "x", [0])
     ensemble = revcurse.Ensemble(models)
     optimizer = experiment.make_optimizer(list(ensemble.weights.values()))
     keeper.begin(ensemble, optimizer, [], {}, {})
@@ -1875,6 +1888,78 @@ def test_the_versions_that_are_declared_are_the_same_everywhere():
         text = (HERE / name).read_text()
         declared.append(re.search(r'dependencies = \[(.*?)(, "pytest.*)?\]', text).group(1))
     assert declared[0] == declared[1]
+
+
+def rows_of_table(text, first):
+    """The cells of each row of the table whose header begins with `first`."""
+    lines = text.split("\n")
+    (start,) = [i for i, line in enumerate(lines) if line.startswith(f"| {first} |")]
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def as_range(values, digits):
+    """As the README writes the range of some numbers."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    text, folder = (HERE / "README.md").read_text(), HERE / "figures"
+    runs = {one["value"]: one["summary"] for one in read(folder, "cure")["runs"]}
+
+    def accuracy(label):
+        number = runs[label]["validation_accuracy"]
+        return f"{number['mean']:.2f} ({number['std']:.2f})"
+
+    table = rows_of_table(text, "cure")
+    assert len(table) == 10
+    for name, _, common, rank, paper, _ in table:
+        assert (common, paper) == (accuracy(name), accuracy(f"{name}, as in the paper"))
+        assert rank == f"{runs[name]['matched_rank']['mean']:.2f}"
+    table = rows_of_table(text, "without complete pairs")
+    assert len(table) == 3
+    for name, common, rank in table:
+        label = f"{name}, no complete pairs"
+        assert common == accuracy(label)
+        assert rank == f"{runs[label]['matched_rank']['mean']:.2f}"
+
+    table = rows_of_table(text, "axis")
+    assert len(table) == 7
+    for axis, _, trained, *cells in table:
+        losses = []
+        for task, place in (("ablate", 0), ("ablate-chain", 1)):
+            summaries = []
+            for one in read(folder, task)["runs"]:
+                if one["value"].startswith(f"{axis.strip('`')} "):
+                    summaries.append(one["summary"])
+            losses += [summary["train_nll"]["mean"] for summary in summaries]
+            keys = ("validation_nll", 1), ("validation_accuracy", 3), ("matched_rank", 2)
+            for cell, (key, digits) in zip(cells, keys, strict=True):
+                values = [summary[key]["mean"] for summary in summaries]
+                values = [value for value in values if value is not None]
+                assert cell.split(", ")[place] == as_range(values, digits), (axis, key)
+        assert trained == as_range(losses, 3)
+
+    summary = read(folder)["summary"]
+    ranks = summary["matched_rank"]
+    low, high = min(ranks["per_seed"]), max(ranks["per_seed"])
+    assert f"{ranks['mean']:.3f} ({low:.3f} to {high:.3f} over the seeds)" in text
+    assert f"is at least {min(summary['asked_cosine']['per_seed']):.7f}" in text
+    free = [one for one in read(folder, "bilinear")["runs"] if not one["symmetric"]]
+    assert f"epsilon {free[0]['epsilon']:.2f} for d = 16" in text
+    assert f"from {free[-1]['epsilon']:.4f} for d = 1024" in " ".join(text.split())
+    bound = min(min(one["theorem_2"]["0.01"]) for one in free if one["dim"] >= 64)
+    assert f"at least {bound:.2f} for d from 64 on" in text
+    gallery = rows_of_table((folder / "README.md").read_text(), "results")
+    claims = read(folder, "all")["claims"]
+    for row, claim in zip(gallery, claims, strict=True):
+        assert row[:3] == [claim["figure"], claim["expected"], claim["seen"]]
+        assert row[3] == ("yes" if claim["holds"] else "**no**")
 
 
 def test_recipes_of_the_readme(tmp_path, monkeypatch):
