@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.13.0", "numpy>=2.4.0", "matplotlib>=3.11.0"]
+# dependencies = ["torch>=2.13.0", "numpy>=2.4.6", "matplotlib>=3.11.2"]
 # ///
 """The reversal curse, made visible: a model trained on "A -> B" cannot answer "B <- A".
 
@@ -480,10 +480,9 @@ def train(experiment, models, datasets, seeds, keeper=None):
     Returns {epoch: what experiment.evaluate gives of each model} and, for the animation, {epoch:
     heat maps of the first}. Raises FloatingPointError if a loss becomes NaN. keeper: see Machinery.
     """
-    device = experiment.device
     # Batches are drawn from these alone: what is asked, datasets[s].test, is never trained.
-    sentences = torch.stack([data.train_sentences() for data in datasets]).to(device)
-    n = sentences.shape[1]  # (S, n, T + 1)
+    sentences = torch.stack([data.train_sentences() for data in datasets])  # (S, n, T + 1)
+    n = sentences.shape[1]
     ensemble = Ensemble(models)
     trained = [weight for weight in ensemble.weights.values() if weight.requires_grad]
     optimizer = experiment.make_optimizer(trained)
@@ -503,7 +502,7 @@ def train(experiment, models, datasets, seeds, keeper=None):
     for epoch in range(done + 1, experiment.epochs + 1):
         models[0].train()  # the one whose code all of them run
         orders = torch.stack([torch.randperm(n, generator=each) for each in generators])
-        for rows in orders.to(device).split(experiment.batch_size, dim=1):  # (S, B)
+        for rows in orders.to(sentences.device).split(experiment.batch_size, dim=1):  # (S, B)
             batch = sentences.take_along_dim(rows[..., None], dim=1)  # (S, B, T + 1)
             losses = ensemble.each(experiment.batch_loss, batch)  # (S,)
             optimizer.zero_grad()
@@ -582,12 +581,11 @@ class Settings:
         return np.unique(np.rint(self.epochs * share).astype(int)).tolist()
 
     def make_optimizer(self, weights):
-        """One optimizer for the weights of all models: it must treat each number by itself.
-
-        AdamW and SGD do, weight decay included. Not so: clipping by a norm, LBFGS, Adafactor, LAMB,
-        Muon, Shampoo, or a schedule that looks at the summed loss. These need --seeds-at-once 1.
-        """
-        # Gradient descent. The loss is a mean over the batch, and --lr is the step of a sentence.
+        """One optimizer for the weights of all models: it must treat each number by itself."""
+        # AdamW and SGD do, weight decay included. Not so: clipping by a norm, LBFGS, Adafactor,
+        # LAMB, Muon, Shampoo, or a schedule that looks at the summed loss. These need
+        # --seeds-at-once 1. Here it is gradient descent; the loss is a mean over the batch, and
+        # --lr is the step of each sentence.
         return torch.optim.SGD(weights, self.lr * self.batch_size)
 
     def batch_loss(self, model, sentences):
@@ -846,11 +844,12 @@ def matched_rank(model, data):
     its equals: the answers of all asked sentences with the same relation. In the reversal task none
     of them was ever a target of that relation, so that all were pushed down alike. The place among
     them, from 0 (first) to 1, averages 0.5 if there is no trace. None if nothing can be compared.
-
-    Why the asked answers end above the chance level: each step of softmax cross-entropy pushes down
-    the logits of all names but the target, so that a name which never is a target sinks. And at a
-    high learning rate a model that reads a vector it never trained is confidently wrong.
     """
+    # Why the NLL of the asked answers ends above the chance level: each step of softmax
+    # cross-entropy pushes down the logits of all names but the target, so that a name which never
+    # is a target sinks. And at a high learning rate a model that reads a vector which it never
+    # trained is confidently wrong. Both hit the right answer and the other candidates alike: their
+    # NLL is the level to compare with.
     asked = data.test_sentences()
     at = data.graded_at
     relations = asked[:, -data.answer_length - 1]
@@ -1055,18 +1054,17 @@ def closed_form(times, M, N):
 
 
 def closed_form_symmetric(times, M, N):
-    """The same for the symmetric bilinear model.
+    """The same for the symmetric bilinear model, by integration of two equations."""
 
-    Its logit of j after i is that of i after j, so that each of the two gets half of every step:
-
-        target:          (1 - p_a) / 2N     p_a, p_b, p_o: probabilities of the target,
-        another input:   -p_b / N           of another input, which pushes its own half
-        any other token: -p_o / 2N          back, and of any other token
-
-    Relative to the last, a (target) and b (input) obey a' = (1 - p_a + p_o) / 2N and
-    b' = (p_o / 2 - p_b) / N. Since a' > 0, b and t are found as functions of a, by midpoint steps.
-    """
-
+    # The logit of j after i is that of i after j, so that each of the two gets half of every step.
+    # Of an input, with p_a, p_b, p_o the probabilities of its target, of another input and of any
+    # other token, the logits move at the rates
+    #     target:           (1 - p_a) / 2N
+    #     another input:    -p_b / N, for that input pushes the logit between the two down as well
+    #     any other token:  -p_o / 2N
+    # Relative to the last, a (target) and b (input) obey
+    #     a' = (1 - p_a + p_o) / 2N,   b' = (p_o / 2 - p_b) / N.
+    # Since a' > 0, b and t are found as functions of a, by midpoint steps.
     def rates(a, b):
         Z = math.exp(a) + N * math.exp(b) + M - 1 - N
         p_a, p_b = math.exp(a) / Z, math.exp(b) / Z
@@ -1600,9 +1598,11 @@ def cure(values=None, preset="laptop", **given):
     complete pairs, from which a model could learn that "<-" undoes "->"."""
     classes = {each.name: each for each in CURES}
     theory = {}
-    for kind in ({}, {"bridge": True}, {"factorised": True}, {"factorised": True, "bridge": True}):
-        trial = BridgeTheory(**(given | CURE_THEORY | kind))
-        theory[trial.name] = trial
+    for factorised in (False, True):
+        for bridge in (False, True):
+            kind = {"factorised": factorised, "bridge": bridge}
+            trial = BridgeTheory(**(given | CURE_THEORY | kind))
+            theory[trial.name] = trial
     if values is None:
         values = [*classes, *theory]
     trials = {}
@@ -1639,7 +1639,8 @@ def weights(**given):
 
 
 # --------------------------------------------------------------------------------------- Plotting
-# From the results alone: a saved file is drawn just as a run is.
+# Here the science ends: you may stop reading. What follows draws the pictures, from the results
+# alone, so that a saved file is drawn just as a run is.
 TRAINED, ASKED = "tab:blue", "tab:orange"
 STYLE = {
     "axes.titlesize": 9,
@@ -1708,7 +1709,8 @@ def draw_curves(axes, one):
 
 def spread(count, most):
     """`most` of the numbers below count, evenly spread, from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
+    numbers = np.linspace(0, count - 1, most).round().astype(int)
+    return np.unique(numbers).tolist()
 
 
 def draw_maps(results):
@@ -1810,7 +1812,7 @@ def draw_ablation(results):
             axes.plot(share, np.mean(curves["train_nll"], 0), color=color, label=value)
             axes.plot(share, np.mean(curves["validation_nll"], 0), "--", color=color)
         axes.set(xlim=(0, 1), ylim=(0, None))
-        axes.legend(loc="center right")
+        axes.legend(loc="center right", bbox_to_anchor=(1, 0.3))  # between trained and asked
     figure.supxlabel("share of the training", size=9)
     figure.supylabel("NLL (nats): trained (solid), asked (dashed)", size=9)
     figures = Figures({".png": figure})
@@ -1829,7 +1831,9 @@ def draw_bilinear(results):
         runs = [runs[i] for i in spread(len(runs), 4)] if runs else []
         colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 4))
         for color, one in zip(colors, runs):
-            curves = {name: np.mean(curve, 0) for name, curve in one["curves"].items()}
+            curves = {}
+            for name, seeds in one["curves"].items():
+                curves[name] = np.mean(seeds, 0)
             times = one["curves"]["time"]
             axes.plot(times, curves["forward_nll"], color=color, label=f"d = {one['dim']}")
             axes.plot(times, curves["reversal_nll"], color=color, ls="--")
@@ -1843,7 +1847,8 @@ def draw_bilinear(results):
     free = [one for one in results["runs"] if not one["symmetric"]]
     for one in free:
         slopes = one["slope"]
-        right.plot([one["dim"]] * len(slopes), slopes, "o", color=ASKED, ms=4, alpha=0.6)
+        dims = [one["dim"]] * len(slopes)
+        right.plot(dims, slopes, "o", color=ASKED, ms=4, alpha=0.6)
     d = np.array([one["dim"] for one in free])
     mean, deviation = 1 / d, math.sqrt(2) / d
     right.plot(d, mean, "k-", label="theory: 1/d")
@@ -2036,7 +2041,8 @@ def draw(results):
 
 
 # -------------------------------------------------------------------------------------- Machinery
-# You may stop reading here: this is about files, processes and the command line.
+# How a plan is carried out: settings checked, seeds trained and measured, results and checkpoints
+# written, processes joined, the command line read.
 
 
 def say(text):
@@ -2045,7 +2051,7 @@ def say(text):
         if place()[0] == 0:
             print(text, flush=True)
     except OSError:  # such as "| head" when it has enough
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def first_line(error):
@@ -2057,7 +2063,7 @@ def choose_device(wanted):
     """The device to train on. Each process of torchrun takes a GPU of its own."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    process = int(os.environ.get("LOCAL_RANK", 0))
+    process = int(os.environ.get("LOCAL_RANK", "0"))
     try:
         if wanted == "cuda":
             torch.cuda.set_device(process)
@@ -2340,8 +2346,8 @@ def results_of(experiment, data, rows):
             mean = {"diagonal": on / n, "off_diagonal": off / max(1, n * n - n)}
             weights_of_roles[role] = mean
         if getattr(experiment, "facts", ()):
-            ends = sentences[:, [0, -1]].tolist()
-            names[role] = [[data.names[token] for token in pair] for pair in ends]
+            read, said = sentences[:, 0], sentences[:, -1]
+            names[role] = [[data.names[a], data.names[b]] for a, b in zip(read, said)]
     chance = {"vocabulary": len(data.names), "alphabet": data.alphabet_size}
     return {
         "command": experiment.command,
@@ -2474,8 +2480,10 @@ def claims_of(stem, runs):
         group = [one for one in runs if one["expected"] == expected]
         seen = []
         for key in ("train_accuracy", "validation_accuracy", "matched_rank"):
-            values = [one["summary"][key]["per_seed"] for one in group if "summary" in one]
-            values = [value for value in sum(values, []) if value is not None]
+            values = []
+            for one in group:
+                if "summary" in one:
+                    values += [rank for rank in one["summary"][key]["per_seed"] if rank is not None]
             if values:
                 seen.append(f"{key.replace('_', ' ')} {min(values):.3f} to {max(values):.3f}")
         others = [
@@ -2517,8 +2525,8 @@ def ablate(axis=None, task=None, values=None, preset="laptop", **given):
     if axis is None:
         if values is not None:
             raise Problem(f"--values: need an axis, such as {', '.join(axes)}")
-        for axis in axes:
-            trials |= ablate(axis, task, None, preset, **given).trials
+        for each in axes:
+            trials |= ablate(each, task, None, preset, **given).trials
         return Sweep("ablate", stem, trials, {"cosine"})
 
     axis = axis.replace("_", "-")

@@ -1,6 +1,6 @@
 """How fast is the training? Prints seed-epochs a second, of ten seeds at once and of one.
 
-Laptop size by default, evaluation after each epoch, medians of rounds that are taken in turn. With
+Laptop size by default, measured after each epoch, medians of rounds that are taken in turn. With
 --preset paper: one seed at the paper's size.
 """
 
@@ -17,15 +17,17 @@ import revcurse  # noqa: E402
 
 
 def seed_epochs_a_second(seeds, preset, epochs):
-    s, data, _ = revcurse.prepare(revcurse.Reversal(preset=preset, epochs=epochs))
-    s.points = lambda: list(range(epochs + 1))
-    models = []
+    """Train these seeds for some epochs, and measure after each."""
+    make = revcurse.Reversal.paper if preset == "paper" else revcurse.Reversal
+    experiment, _, _ = revcurse.prepare(make(epochs=epochs))
+    experiment.measurements = 10**4
+    models, datasets = [], []
     for seed in seeds:
+        datasets.append(experiment.make_data(seed))
         torch.manual_seed(seed)
-        models.append(s.make_model(data))
-    datasets = [s.make_data(seed) for seed in seeds]
+        models.append(experiment.make_model(datasets[-1]))
     began = time.monotonic()
-    revcurse.train(s, models, datasets, seeds)
+    revcurse.train(experiment, models, datasets, seeds)
     return len(seeds) * epochs / (time.monotonic() - began)
 
 
@@ -33,7 +35,6 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--preset", choices=["laptop", "paper"], default="laptop")
 parser.add_argument("--rounds", type=int, default=3)
 flags = parser.parse_args()
-revcurse.say = lambda *words: None
 ways = {"ten seeds at once": (range(10), 20), "one seed": (range(1), 20)}
 if flags.preset == "paper":
     ways = {"one seed": (range(1), 2)}
@@ -42,5 +43,7 @@ for _ in range(flags.rounds):
     for way, (seeds, epochs) in ways.items():
         found[way].append(seed_epochs_a_second(seeds, flags.preset, epochs))
 for way, rates in found.items():
-    print(f"{way}: {statistics.median(rates):.3g} seed-epochs a second "
-          f"(from {min(rates):.3g} to {max(rates):.3g} in {flags.rounds} rounds)")
+    print(
+        f"{way}: {statistics.median(rates):.3g} seed-epochs a second "
+        f"(from {min(rates):.3g} to {max(rates):.3g} in {flags.rounds} rounds)"
+    )
