@@ -1809,9 +1809,9 @@ def test_a_process_without_a_gpu_says_so(monkeypatch, capsys, tmp_path):
     one_line(capsys, "process 3", "invalid device ordinal 3")
 
 
-def command(folder, *argv, python=(), shell=None, **environment):
+def command(folder, *argv, shell=None, **environment):
     """Run a command line as a user does: (status, output, errors)."""
-    line = [sys.executable, *python, "revcurse.py", *argv, "--out", str(folder)]
+    line = [sys.executable, "revcurse.py", *argv, "--out", str(folder)]
     if shell is not None:
         line = ["bash", "-c", shell, "bash", *line]
     done = subprocess.run(
@@ -1827,7 +1827,6 @@ def test_a_strange_environment(tmp_path):
         tmp_path / "\u017b",
         "reversal",
         *flags(facts=facts, **without("vocab")),
-        python=["-OO"],
         MPLBACKEND="module://matplotlib_inline.backend_inline",
         PYTHONIOENCODING="cp1252",
         PYTHONWARNINGS="error",
