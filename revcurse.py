@@ -2172,12 +2172,17 @@ def is_running(pid):
     return True
 
 
-def write(path, how):
-    """Let how(path) write a file: it appears whole or not at all."""
-    for left in path.parent.glob(f".*.tmp.{glob.escape(path.name)}"):  # by one that was killed
+def remove_leftovers(path):
+    """Remove what processes that were killed while they wrote this file have left."""
+    for left in path.parent.glob(f".*.tmp.{glob.escape(path.name)}"):
         pid = left.name.split(".")[1]
         if pid.isdecimal() and not is_running(int(pid)):
             left.unlink(missing_ok=True)
+
+
+def write(path, how):
+    """Let how(path) write a file: it appears whole or not at all."""
+    remove_leftovers(path)
     temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         how(temporary)
@@ -2204,6 +2209,7 @@ class Keeper:
         self.path = None
         if self.stem is not None:
             self.path = Path(f"{self.stem}.{self.label.replace('/', '-')}.pt")
+            remove_leftovers(self.path)
         self.settings = asdict(experiment) | {"class": type(experiment).__name__}
         self.settings |= {"seeds": list(seeds), "out": "", "quiet": ""}
         self.quiet, self.epochs = experiment.quiet, experiment.epochs

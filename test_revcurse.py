@@ -1452,6 +1452,9 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
         (tmp_path / name).write_text("x")
     revcurse.write(tmp_path / "one", lambda path: path.write_text("new"))
     assert names_in(tmp_path) == sorted([alive, other, ".notes.tmp.one", "one"])
+    (tmp_path / f".{killed.pid}.tmp..x.y, from seed 0.pt").write_text("x")  # of a checkpoint
+    revcurse.Keeper(tmp_path / ".x").next_training(Reversal(), "y", [0])
+    assert names_in(tmp_path) == sorted([alive, other, ".notes.tmp.one", "one"])
 
 
 def test_pictures_fail_alone_and_are_drawn_again(tmp_path, monkeypatch, capsys):
