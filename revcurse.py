@@ -1207,15 +1207,14 @@ class BilinearTheory(Settings):
         )
 
 
-DIMS = (16, 32, 64, 128, 256, 512, 1024)
-
-
-def bilinear(dims=DIMS, symmetric=False, **given):
+def bilinear(dims=None, symmetric=False, **given):
     """A Sweep of the bilinear model over dimensions, with Theta also symmetric if wanted.
 
     With Theta symmetric the logits are the same in both directions, the normalisers are not: L_rev
     falls with L, and stays a little above it.
     """
+    if dims is None:
+        dims = [16, 32, 64, 128, 256, 512, 1024]
     trials = {}
     for dim in dims:
         trials[f"dim {dim}"] = BilinearTheory(dim=dim, **given)
@@ -2160,24 +2159,19 @@ def join(rows):
     return [together[seed] for seed in sorted(together)]
 
 
-def is_running(pid):
-    """Whether a process is there; True if we cannot know."""
-    try:
-        if os.name == "posix":  # elsewhere there is no harmless way to ask
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is there, but not ours
-        return True
-    return True
-
-
 def remove_leftovers(path):
     """Remove what processes that were killed while they wrote this file have left."""
+    if os.name != "posix":
+        return  # there is no harmless way to ask for a process
     for left in path.parent.glob(f".*.tmp.{glob.escape(path.name)}"):
         pid = left.name.split(".")[1]
-        if pid.isdecimal() and not is_running(int(pid)):
-            left.unlink(missing_ok=True)
+        if pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)  # signal 0 only asks
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
+            except OSError:  # it is there, but not ours
+                pass
 
 
 def write(path, how):
@@ -2613,7 +2607,7 @@ def add_flags(command, experiment, defaults):
         flag = f"--{f.name.replace('_', '-')}"
         text = f.metadata["help"]
         default, paper = defaults.get(f.name, f.default), f.metadata["paper"]
-        if default not in (None, False, ()):
+        if default not in (None, ()) and f.type is not bool:
             text += f" [{default}]"
         if paper is not None:
             text += f" [paper: {paper}]"

@@ -238,7 +238,8 @@ def test_icl_data_is_the_papers():
     asked = {a: frozenset(b for a2, b in pairs[700:] if a2 == a) for a in letters_a}
     assert all(len(others) == 3 for others in asked.values())
     assert len(set(asked.values())) > 20  # of 120: each A has its own three
-    assert len(icl_data(13).train_sentences()) == 3 * 7  # the smallest
+    assert len(icl_data(13).train_sentences()) == 3 * 7
+    assert len(icl_data(4, 1, 2).test_sentences()) == 2  # the smallest: one A, three B's
 
 
 def test_names_of_tokens_and_facts():
@@ -661,6 +662,7 @@ def test_dropout_is_at_work_in_training_only():
     torch.testing.assert_close(*ends[0])  # the same seed twice
     assert (ends[1][0] - ends[1][1]).abs().max() > 0.01  # has other masks
     assert str(GPT(10, 4, 1, 2, 8, dropout=0.5)).count("Dropout(p=0.5") == 4
+    assert str(revcurse.Block(8, 2)).count("Dropout(p=0.0") == 3
 
 
 def test_frozen_embeddings_stay_and_tied_ones_are_trained_together():
@@ -1018,6 +1020,9 @@ def test_settings():
         points = experiment.eval_epochs()
         assert experiment.epochs == epochs and 25 < len(points) <= 40
         assert points == sorted({0, epochs, *points})
+    experiment = Reversal(epochs=39)
+    experiment.measurements = 4  # at 0, 1/9, 4/9 and all of the training
+    assert experiment.eval_epochs() == [0, 4, 17, 39]
     settings = {"lr": 0.2, "betas": (0.5, 0.6), "weight_decay": 0.0, "dropout": 0.4}
     experiment, _, model = prepare(Reversal(**TINY | settings, position="none"))
     group = experiment.make_optimizer(list(model.parameters())).param_groups[0]
@@ -1030,6 +1035,58 @@ def test_settings():
     dims = [(trial.dim, trial.symmetric) for trial in trials.values()]
     assert dims == [(2**n, symmetric) for n in range(4, 11) for symmetric in (False, True)]
     assert {trial.vocab for trial in trials.values()} == {100}
+
+
+def test_settings_of_every_command():
+    """The numbers of Tables 3 and 4, and our own, written down a second time."""
+
+    def values(experiment, *names):
+        return tuple(getattr(experiment, name) for name in names)
+
+    sizes = ("layers", "heads", "dim", "dropout", "batch_size", "lr", "betas", "weight_decay")
+    assert values(Reversal(), *sizes) == (2, 4, 64, 0.0, 64, 0.003, (0.9, 0.999), 0.01)
+    assert values(Reversal.paper(), *sizes) == (24, 12, 768, 0.1, 64, 0.01, (0.9, 0.999), 0.01)
+    data = ("seeds", "seed", "vocab", "entity_length", "complete", "held_out", "position", "loss")
+    for experiment in (Reversal(), Reversal.paper(), Chain(), cure().trials["none"]):
+        assert values(experiment, *data) == (10, 0, 800, 1, None, None, "absolute", "entity")
+    icl = ("vocab", "complete", "held_out", "epochs")
+    assert values(revcurse.ICL(), *icl) == (400, 7, 3, 40)
+    assert values(revcurse.ICL.paper(), *icl) == (400, 7, 3, 3000)
+    theory = ("vocab", "complete", "dim", "epochs", "lr", "batch_size", "measurements")
+    assert values(BilinearTheory(), *theory) == (100, 0, 1024, 1300, 0.4, 10**6, 40)
+    assert values(OneLayerTheory(), "epochs", "lr", "batch_size") == (400, 0.25, 1)
+    trials = cure(preset="paper").trials
+    assert values(trials["oracle"], *sizes[:4], "lr", "epochs") == (24, 12, 768, 0.1, 0.003, 3000)
+    assert values(cure().trials["oracle"], *sizes[:4]) == (2, 4, 64, 0.0)
+    small = ("vocab", "complete", "held_out", "epochs", "batch_size", "lr", "seeds")
+    assert values(cure().trials["merged"], *small) == (80, 14, 6, 1000, 10**6, 3.0, 10)
+    for label, trial in revcurse.weights().trials.items():
+        assert values(trial, "seeds", "vocab", "complete") == (1, 96, 8)
+        assert getattr(trial, "held_out", 16) == 16
+        assert label != "bilinear" or trial.dim == 256
+    axes = {axis: list(table) for axis, table in revcurse.AXES.items()}
+    assert axes.pop("embeddings") == ["learned", "frozen", "tied"]
+    assert axes == {
+        "vocab": ["20", "50", "200", "2000"],
+        "entity-length": ["2", "3"],
+        "layers": ["1", "2", "4", "8"],
+        "heads": ["1", "2", "4", "8"],
+        "position": ["none", "absolute", "relative"],
+        "size": ["1x20", "1x256", "12x20"],
+        "related-tokens": ["10", "20", "50", "100", "200", "500"],
+    }
+    assert len(related_data().names) == 802 and len(related_data().test_sentences()) == 50
+    assert len(icl_data().names) == 403 and len(chain_data().names) == 802
+
+
+def test_starts_of_the_small_models():
+    torch.manual_seed(0)
+    for weight in revcurse.LearnedBilinear(300, 100, tied=False).parameters():
+        assert abs(weight.std() / 0.02 - 1) < 0.05 and abs(weight.mean()) < 0.002
+    for weight in revcurse.SumOfTokens(300, 100, True).parameters():
+        assert abs(weight.std() / 0.002 - 1) < 0.05 and abs(weight.mean()) < 0.0002
+    embeddings = Bilinear(100, 300).embeddings
+    assert abs(embeddings.std() * 10 - 1) < 0.05
 
 
 def test_a_default_without_dataclass_is_refused():
@@ -1754,7 +1811,7 @@ def test_damaged_foreign_and_evil_checkpoints(tmp_path, capsys, monkeypatch):
 
 
 def test_no_checkpoint_in_the_first_half_minute_and_later_a_twentieth(tmp_path, monkeypatch):
-    clock, saves = [1000.0], []
+    clock, saves, lines = [1000.0], [], []
     monkeypatch.setattr(revcurse.time, "monotonic", lambda: clock[0])
 
     def slow(path, how):
@@ -1762,8 +1819,9 @@ def test_no_checkpoint_in_the_first_half_minute_and_later_a_twentieth(tmp_path, 
         clock[0] += 2  # a save takes two seconds
 
     monkeypatch.setattr(revcurse, "write", slow)
+    monkeypatch.setattr(revcurse, "say", lambda text: lines.append((clock[0], text)))
     keeper = revcurse.Keeper(tmp_path / ".x")
-    experiment, models, datasets = tiny(0)
+    experiment, models, datasets = tiny(0, quiet=False)
     keeper.next_training(experiment, "x", [0])
     ensemble = revcurse.Ensemble(models)
     optimizer = experiment.make_optimizer(list(ensemble.weights.values()))
@@ -1773,6 +1831,9 @@ def test_no_checkpoint_in_the_first_half_minute_and_later_a_twentieth(tmp_path, 
         clock[0] += 1
         keeper.after_epoch(1, history, {})
     assert saves == [1030, 1072, 1114]
+    assert [when for when, _ in lines[:3]] == [1005, 1010, 1015]
+    loss = history[0][0]["trained"].nll.mean().item()
+    assert lines[0][1] == f"x, from seed 0: epoch 1 of 4, NLL of what is trained {loss:.3f}, 5 s"
 
 
 @posix
