@@ -9,7 +9,7 @@ the 'Reversal Curse' via Training Dynamics", NeurIPS 2024 (arXiv 2405.04669). Gr
 cross-entropy raises the weight from A to B and leaves the weight from B to A where it was: nothing
 in the loss asks for it to move.
 
-    python revcurse.py reversal --animate     Figures 1 and 2, in about 20 seconds
+    python revcurse.py reversal --animate     Figures 1 and 2, in about 25 seconds
     python revcurse.py chain                  Figures 3 and 4, and chain of thought
     python revcurse.py icl                    in-context reversal, where there is no curse
     python revcurse.py ablate                 Figures 5 to 12: what does not help

@@ -340,6 +340,8 @@ def test_theorems_over_ten_seeds():
                 reverse, forward = L_rev[i, t] / L_rev[i, 0], L[i, t] / L[i, 0]
                 epsilons.append(math.log(reverse) / math.log(forward))
         assert results["epsilon"] == pytest.approx(max(0, *epsilons)) and results["epsilon"] < most
+        form = revcurse.closed_form(results["curves"]["time"], 42, 10)
+        assert results["closed_form_gap"] == pytest.approx(np.abs(L - form).max())
         shifts = [L_rev[i, -1] - math.log(42) for i in range(10)]
         assert results["shift"] == pytest.approx(shifts)
         assert results["reversal_shift"] == pytest.approx(np.mean(shifts))
@@ -376,6 +378,7 @@ def test_first_below_by_hand():
     assert revcurse.first_below(losses, 0.1, others) == pytest.approx(5)
     assert revcurse.first_below(losses, 0.01, others) == pytest.approx(6)  # half way in log
     assert revcurse.first_below(losses, 1e-4, others) is None
+    assert revcurse.first_below([1.0, 0.01], 0.1, [4.0, 6.0]) == pytest.approx(5)
 
 
 def one_layer_by_loops(Y, Z, tokens):
@@ -835,6 +838,7 @@ def test_the_curse(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "reversal on c" in printed and "340 sentences, 202,880 parameters" in printed
     assert "The curse, and no clear trace: 100.0%" in printed and printed.count("right is ") == 3
+    assert "were never an input" in printed
     results = read(tmp_path)
     assert results["counts"] == {"train": 340, "validation": 60} and results["seconds"] > 0
     assert results["outcome"] == "curse" and results["config"]["epochs"] == 80
