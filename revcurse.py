@@ -1171,7 +1171,7 @@ class BilinearTheory(Settings):
         # (y.x_k), about u/sqrt(d), up or down, and the logarithm of a sum of exponentials grows
         # with their spread: the normaliser rises by more. L_rev gets no help. (A trace there is,
         # at any d: y's logits of the other x spread by u sqrt(N)/d, 5 times the u/d of its own. In
-        # the matched rank that shows as 0.43 to 0.46; in the loss it vanishes.)
+        # the matched rank that shows as 0.41 to 0.46; in the loss it vanishes.)
         asked = data.test_sentences()
         logits = model(asked[:, :-1])[:, 0].detach()  # (n, V)
         own = logits.gather(1, asked[:, -1:]).mean().item()
