@@ -1862,7 +1862,7 @@ def draw_animation(results):
         image.axes.set(xticks=[], yticks=[])
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what was laid out stays where it is
-    shown = np.linspace(0, len(epochs) - 1, 20, dtype=int).tolist()
+    shown = np.unique(np.linspace(0, len(epochs) - 1, 20, dtype=int)).tolist()
     shown += [shown[-1]] * 8  # two seconds on the last
     return FuncAnimation(figure, show, shown)
 

@@ -802,6 +802,11 @@ def test_the_program_is_that_of_the_published_results():
                 value = json.loads(json.dumps(getattr(experiment, name)))
                 assert value == one["config"][name], (plan.stem, label, name)
     assert claims == read(folder, "all")["claims"]
+    for plan in revcurse.make_plans("all", {"epochs": 7, "seeds": 3}):
+        for trial in revcurse.trials_of(plan).values():  # the theory has epochs of its own
+            theory = isinstance(trial, BilinearTheory | revcurse.OneLayerTheory)
+            theory |= isinstance(trial, revcurse.BridgeTheory)
+            assert trial.seeds == 3 and (trial.epochs == 7) == (not theory)
     assert prepare(Reversal(vocab=20, batch_size=4))[0].epochs == 160  # 480 steps of 4
     experiment = Reversal(epochs=39)
     experiment.measurements = 4  # at 0, 1/9, 4/9 and all of the training
@@ -814,15 +819,9 @@ def test_all_and_its_claims(no_pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(revcurse, "ALL", [("icl", {}), ("ablate", heads), ("cure", cures)])
     assert run_in(tmp_path, "all", **without("heads", vocab=40)) == 0
     results = read(tmp_path, "all")
-    claims = [
-        f"{claim['figure']}: {claim['expected'].split(',')[0]}" for claim in results["claims"]
-    ]
-    assert claims == [
-        "icl: No curse",
-        "ablate-heads: The curse",
-        "cure: The curse",
-        "cure: The curse",
-    ]
+    claims = [(claim["figure"], claim["expected"].split(",")[0]) for claim in results["claims"]]
+    curses = [(figure, "The curse") for figure in ("ablate-heads", "cure", "cure")]
+    assert claims == [("icl", "No curse"), *curses]
     for claim in results["claims"]:  # in so few steps only the in-context task is learned
         assert claim["holds"] == (claim["figure"] == "icl") == ("not learned" not in claim["seen"])
     assert len(results["trainings"]) == 6 and "epochs 12" in results["trainings"][0]
@@ -990,17 +989,32 @@ def test_bad_input(tmp_path, monkeypatch, fails, line):
     assert contents(tmp_path) == before
 
 
-def test_bad_settings_in_a_notebook():
+def test_bad_settings_in_a_notebook(monkeypatch):
     """What the command line would not accept is refused in the same way."""
 
     class Quick(Reversal):  # without @dataclass Python ignores the new default
         epochs = 3
 
+    @dataclass
+    class Bare(Reversal):  # a field that is not made by `setting` is fine
+        lr: float = -1.0
+
+    class Uneven(Reversal):
+        def make_data(self, seed):
+            return reversal_data(24 + 4 * seed)
+
+    class Twin(Cure):  # it has no name of its own
+        pass
+
     wrong = [(Reversal(position="up"), "must be one of"), (Reversal(seeds=1.5), "whole number")]
+    wrong += [(Bare(), "--lr -1.0"), (Uneven(seeds=2), "equally many")]
     wrong += [(Cure(entity_length=2), "one token"), (Chain(facts=CAPITALS), "triples")]
     for experiment, words in [*wrong, (Quick(seeds=1), "Quick.epochs")]:
         with pytest.raises(Problem, match=words):
             run(experiment)
+    monkeypatch.setattr(revcurse, "CURES", [*revcurse.CURES, Twin])
+    with pytest.raises(Problem, match="Twin: its name, 'none'"):
+        cure()
     for facts in ([1, 2, 3, 4], ["ab", "cd", "ef", "gh"], [("a", 1)] * 4, 5):
         with pytest.raises(Problem, match="at least 4 pairs|two names"):
             Reversal(facts=facts)
@@ -1428,6 +1442,17 @@ def test_the_numbers_of_the_readme_are_those_of_the_results():
     assert f"from {free[-1]['epsilon']:.4f} for d = 1024" in flat
     bound = min(min(one["theorem_2"]["0.01"]) for one in free if one["dim"] >= 64)
     assert f"at least {bound:.2f} for d from 64 on" in flat
+    large = read(folder / "paper-size")
+    mean = {name: number["mean"] for name, number in large["summary"].items()}
+    accuracies = f"{mean['train_accuracy']:.1%} of the trained sentences and "
+    accuracies += f"{mean['validation_accuracy']:.1%} of the reversals are answered, with NLL "
+    words = f"{accuracies}{mean['validation_nll']:.1f} and matched rank {mean['matched_rank']:.3f}"
+    assert f"took {large['seconds']:.0f} s: {words}" in flat.replace(" %", "%")
+    summary = read(folder / "paper-size", "chain")["summary"]
+    keys = ("train_accuracy", "validation_accuracy", "two_step_accuracy")
+    learned, asked, steps = (f"{summary[key]['mean']:.1%}" for key in keys)
+    words = f"{learned}, {asked} of the asked, and {steps} in two steps"
+    assert words in flat.replace(" %", "%")
     gallery = (folder / "README.md").read_text()
     for claim in read(folder, "all")["claims"]:
         cells = [claim["figure"], claim["expected"], claim["seen"]]
@@ -1441,14 +1466,25 @@ def test_recipes_of_the_readme(recipes):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_agrees_with_the_cpu(tmp_path):
-    """The same losses on both devices, up to what rounding leads to."""
-    for line in (["reversal", "--animate"], ["chain", "--entity-length", "2"], ["icl"]):
-        for device in ("cpu", "cuda"):
-            assert run_in(tmp_path / device, *line, **TINY | {"device": device}) == 0
-        one, other = (read(tmp_path / device, line[0])["summary"] for device in ("cpu", "cuda"))
-        for key in ("train_nll", "validation_nll"):
-            assert other[key]["per_seed"] == pytest.approx(one[key]["per_seed"], abs=0.05, rel=0.02)
+@pytest.mark.parametrize(
+    "line", ["reversal --animate", "chain --entity-length 2", "icl", "onelayer"]
+)
+def test_cuda_agrees_with_the_cpu_and_exactly_with_itself(tmp_path, line):
+    """On a GPU the numbers are those of the CPU, but for rounding, and the same each time."""
+    sizes = TINY | {"dropout": 0.1} if line == "reversal --animate" else TINY
+    sizes = {"epochs": 20, "seeds": 2} if line == "onelayer" else sizes
+    found = {}
+    for folder, device in (("one", "cpu"), ("two", "cuda"), ("three", "cuda")):
+        assert run_in(tmp_path / folder, *line.split(), **sizes | {"device": device}) == 0
+        results = read(tmp_path / folder, line.split()[0])
+        runs = results.get("runs", [results])
+        found[folder] = [one["summary"] for one in runs]
+    assert found["two"] == found["three"]
+    if "dropout" not in sizes:  # of which each device draws its own
+        for one, other in zip(found["one"], found["two"], strict=True):
+            for key in ("train_nll", "validation_nll"):
+                near = pytest.approx(one[key]["per_seed"], abs=0.05, rel=0.02)
+                assert other[key]["per_seed"] == near
 
 
 if __name__ == "__main__":
