@@ -475,7 +475,9 @@ def train_epoch(experiment, ensemble, optimizer, sentences, generators):
     n = sentences.shape[1]
     orders = torch.stack([torch.randperm(n, generator=each) for each in generators])  # (S, n)
     for rows in orders.to(sentences.device).split(experiment.batch_size, dim=1):  # (S, B)
-        batch = sentences.take_along_dim(rows[..., None], dim=1)  # (S, B, T + 1)
+        batch = sentences.take_along_dim(
+            rows[..., None], dim=1
+        )  # of each s its rows: (S, B, T + 1)
         losses = ensemble.losses(experiment.batch_loss, batch)  # (S,)
         optimizer.zero_grad()
         # One sum trains every model by itself: the loss of a model has no gradient for the weights
@@ -1113,8 +1115,9 @@ class BilinearTheory(Settings):
 
     def measure(self, model, data, start, history):
         numbers = super().measure(model, data, start, history)
-        # Theorem 1 is hardest to meet at the start, Theta = 0. There the least epsilon is the slope
-        # dL_rev / dL along the flow: over seeds its mean is 1/d, its deviation about sqrt(2)/d.
+        # Theorem 1 is hardest to meet at the start, Theta = 0, where L = L_rev = log V. There the
+        # least epsilon is the slope dL_rev / dL along the flow: over seeds its mean is 1/d, its
+        # deviation about sqrt(2)/d.
         at_zero = copy.deepcopy(model)
         nn.init.zeros_(at_zero.Theta)
         forward = torch.autograd.grad(nll(at_zero, data.train_sentences()), at_zero.Theta)[0]
@@ -1198,7 +1201,7 @@ class OneLayer(nn.Module):
 
     def forward(self, tokens, last=1):
         context, query = tokens[..., :-1], tokens[..., -1:]
-        b = self.Z[query, context].softmax(-1)  # (..., T - 1)
+        b = self.Z[query, context].softmax(-1)  # row x_T at each x_t: (..., T - 1)
         X = F.one_hot(context, len(self.Y)).to(b.dtype)  # (..., T - 1, V)
         f = F.normalize(b[..., None, :] @ X, dim=-1)  # X^T b as a row: (..., 1, V)
         return f @ self.Y
@@ -2644,9 +2647,10 @@ def ablate(axis=None, task=None, values=None, preset="laptop", **given):
 
 def read_value(f, axis, value):
     """{the setting: its value}, read as the command line would read it."""
-    if f is None or f.type is bool:
-        known = ", ".join(AXES.get(axis, ["none, for it is on or off"]))
-        raise Problem(f"--values {value}: must be one of {known}")
+    if axis in AXES and (f is None or f.type is bool):
+        raise Problem(f"--values {value}: must be one of {', '.join(AXES[axis])}")
+    if f.type is bool:
+        raise Problem(f"ablate {axis}: has no values, it is a flag that is given or not")
     if f.type in (str, tuple) or not isinstance(value, str):
         return {f.name: value}
     try:
@@ -2656,24 +2660,32 @@ def read_value(f, axis, value):
         raise Problem(f"--values {value}: not a value of {axis}{hint}") from None
 
 
-# Commands: what makes the plan, the class whose fields are flags, defaults of its own, and the
-# help.
+class Command(NamedTuple):
+    """A command: its fields are flags, and `make` turns those given into what is carried out."""
+
+    make: callable  # gives an experiment or a Sweep
+    experiment: type  # the class whose fields are the flags
+    defaults: dict  # that differ from those of the class
+    help: str
+
+
 TASKS = {"reversal": Reversal, "chain": Chain, "icl": ICL}
 COMMANDS = {
-    "reversal": (Reversal.of_preset, Reversal, {}, 'Figures 1 and 2: train "A -> B", ask "B <-"'),
-    "chain": (
-        Chain.of_preset,
-        Chain,
-        {},
-        'Figures 3 and 4: train "A -> B" and "B -> C", ask "A ~>"',
+    "reversal": Command(
+        Reversal.of_preset, Reversal, {}, 'Figures 1 and 2: train "A -> B", ask "B <-"'
     ),
-    "icl": (ICL.of_preset, ICL, {}, "in-context reversal, where the curse does not appear"),
-    "ablate": (ablate, Chain, ABLATE_LAPTOP, "Figures 5 to 11: what does not help"),
-    "bilinear": (bilinear, BilinearTheory, {}, "Section 3: the bilinear model, Theorems 1 and 2"),
-    "onelayer": (onelayer, OneLayerTheory, {}, "Section 4: the one-layer transformer"),
-    "cure": (cure, Experiment, CURE_LAPTOP, "what breaks the curse, and what does not (ours)"),
-    "weights": (four_models, Settings, {"seeds": 1}, "the curse in four models, in one picture"),
-    "all": (None, Experiment, {}, "all of this; a flag goes to each command of a GPT that has it"),
+    "chain": Command(
+        Chain.of_preset, Chain, {}, 'Figures 3 and 4: train "A -> B" and "B -> C", ask "A ~>"'
+    ),
+    "icl": Command(ICL.of_preset, ICL, {}, "in-context reversal, where the curse does not appear"),
+    "ablate": Command(ablate, Chain, ABLATE_LAPTOP, "Figures 5 to 11: what does not help"),
+    "bilinear": Command(
+        bilinear, BilinearTheory, {}, "Section 3: the bilinear model, Theorems 1 and 2"
+    ),
+    "onelayer": Command(onelayer, OneLayerTheory, {}, "Section 4: the one-layer transformer"),
+    "cure": Command(cure, Experiment, CURE_LAPTOP, "what breaks the curse, and what does not"),
+    "weights": Command(four_models, Settings, {"seeds": 1}, "the curse in four models, a picture"),
+    "all": Command(None, Experiment, {}, "all of this; a flag goes to all GPTs that have it"),
 }
 ALL = [  # what `all` carries out
     ("reversal", {"animate": True, "cosine": True}),
@@ -2723,10 +2735,10 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("plot", help="draw saved results again")
     command.add_argument("files", nargs="+", help="results.json, with its .npz")
-    for name, (_, experiment, defaults, text) in COMMANDS.items():
+    for name, each in COMMANDS.items():
         how = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-        command = commands.add_parser(name, help=text, description=text, **how)
-        if issubclass(experiment, Experiment):
+        command = commands.add_parser(name, help=each.help, description=each.help, **how)
+        if issubclass(each.experiment, Experiment):
             sizes = ("laptop", "paper")
             command.add_argument("--preset", help="sets the other defaults", choices=sizes)
         if name == "ablate":
@@ -2735,7 +2747,7 @@ def parse(argv):
             command.add_argument("--task", help="what to train", choices=("reversal", "chain"))
         if name in ("ablate", "cure"):
             command.add_argument("--values", help="which to try [all]", nargs="+")
-        add_flags(command, experiment, defaults)
+        add_flags(command, each.experiment, each.defaults)
     flags = vars(parser.parse_args(argv))
     return flags.pop("command"), flags
 
@@ -2743,17 +2755,16 @@ def parse(argv):
 def make_plans(command, flags):
     """What a command carries out: experiments and Sweeps."""
     if command != "all":
-        make = COMMANDS[command][0]
-        return [make(**flags)]
+        return [COMMANDS[command].make(**flags)]
     plans = []
     for name, changes in ALL:
-        make, experiment, _, _ = COMMANDS[name]
+        experiment = COMMANDS[name].experiment
         if issubclass(experiment, Experiment):
             known = {f.name for f in fields(experiment)} | {"preset"}
         else:  # the theory has sizes and rates of its own
             known = {f.name for f in fields(Settings)}
         own = {flag: value for flag, value in flags.items() if flag in known}
-        plans.append(make(**(own | changes)))
+        plans.append(COMMANDS[name].make(**(own | changes)))
     return plans
 
 

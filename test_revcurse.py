@@ -957,7 +957,7 @@ BAD_LINES = {  # command line: what the error must hold
     "ablate vocab --values 24 3": "vocab 3",
     "ablate size --values 1x20 3": "1x256",
     "ablate related-tokens --values 30": "10, 20, 50",
-    "ablate cosine --values 1": "on or off",
+    "ablate cosine --values 1": "has no values",
     "cure --values snake-oil": "snake-oil",
     "icl --vocab 12": "vocab 12",
     "icl --complete 0": "0 + 3",
