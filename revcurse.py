@@ -2385,8 +2385,9 @@ def claims_of(stem, runs):
         others = [
             f"{one['value']}: {one['outcome']}" for one in group if one["outcome"] != expected
         ]
-        claim = {"figure": stem, "expected": f"{OUTCOMES[expected]}, in {len(group)} trainings"}
         if group:
+            trainings = "1 training" if len(group) == 1 else f"{len(group)} trainings"
+            claim = {"figure": stem, "expected": f"{OUTCOMES[expected]}, in {trainings}"}
             claims.append(claim | {"seen": "; ".join(seen + others), "holds": not others})
     return claims
 
@@ -2510,8 +2511,9 @@ def choose_device(wanted):
         if wanted == "cuda":
             torch.cuda.set_device(process)
             torch.set_float32_matmul_precision("high")  # TF32
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the next line needs it
-            torch.use_deterministic_algorithms(True)  # the same numbers each time
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed for the next line
+            # The same numbers each time; operations of others that cannot do so only warn.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         torch.zeros(1, device=wanted)
     except Exception as error:  # each device has errors of its own
         reason = first_line(error)
