@@ -16,14 +16,14 @@ in the loss asks for it to move.
     python revcurse.py bilinear --symmetric   Section 3: Theorems 1 and 2
     python revcurse.py onelayer               Section 4: Theorems 3 and 4
     python revcurse.py cure                   what does help
-    python revcurse.py weights                the curse in four models, in one picture
+    python revcurse.py weights                all weights of four models, in one picture
     python revcurse.py all                    all of this, and whether each claim holds
 
 Ten small GPTs answer all of the sentences that they were trained on, and none of the reversals.
 
-Read beside the paper. In an evening: Data, Model and Training; in Experiments the methods of
-Settings, Experiment and Reversal, and matched_rank; in Theory the two models and what stands above
-them; and the Cures. Plotting and
+Read beside the paper. For one evening: Data, Model and Training; in Experiments the methods of
+Settings, Experiment and Reversal, then heat_maps, matched_rank and verdict; in Theory the two
+models and what stands above them; and the classes of Cures. Plotting and
 Machinery (files, processes, the command line) come last.
 
 Shapes are written with these letters: S seeds, B sentences of a batch (n for any other number), T
@@ -371,8 +371,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
-        # GPT-2's start: weights of 0.02, and smaller for the two layers of a block whose output is
-        # added to x, so that x does not grow with depth.
+        # GPT-2's start: weights of deviation 0.02, and smaller for the two layers of a block whose
+        # output is added to x, so that x does not grow with depth.
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -382,7 +382,7 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, tokens, last=None):
-        """Logits after each of the last tokens, `last` of them; after every token if None."""
+        """Logits after each of the last `last` tokens, or after all if None."""
         T = tokens.shape[1]
         x = self.transformer.wte(tokens)  # (B, T, D)
         if "wpe" in self.transformer:
@@ -440,7 +440,7 @@ class Ensemble:
     """S models of one kind that train side by side, in the time of a few.
 
     The weights of all models lie in stacked tensors (S, ...), and each model's own parameters are
-    made to look into them: models[s] always holds the current weights of model s.
+    views of them: models[s] always holds the current weights of model s.
     """
 
     def __init__(self, models):
@@ -496,7 +496,7 @@ def train(experiment, models, datasets, seeds, keeper=None):
                 loss.backward()
                 optimizer.step()
 
-    Returns {epoch: what experiment.evaluate gives of each model} and, for the animation, {epoch:
+    Returns {epoch: what experiment.evaluate gives for each model} and, for the animation, {epoch:
     heat maps of the first}. Raises FloatingPointError if a loss becomes NaN. keeper: see Machinery.
     """
     # Batches are drawn from these alone: what is asked, datasets[s].test, is never trained.
@@ -548,20 +548,22 @@ def setting(default, help, paper=None, choices=None):
 
 # Results files say "train" and "validation" for what is called trained and asked here.
 JSON_KEYS = {"trained": "train", "asked": "validation", "held-out, trained": "seen"}
-SHOWN = 40  # facts in a heat map; of more, the diagonal is thinner than the eye can see
+SHOWN = 40  # facts in a heat map; with more, the diagonal is too thin to see
 
 
 @dataclass
 class Settings:
-    """The base of all experiments. Those with a GPT derive from Experiment, below, and those of the
-    theory directly from this.
+    """The base of all experiments. Most derive from Experiment, below, and those of Sections 3 and
+    4 directly from this.
 
     A subclass has the fields epochs, batch_size and lr. It defines make_data(seed), which returns a
     Dataset (of the same size for each seed), and make_model(data), which returns a model that is
     not trained yet and is called as model(tokens (B, T), last) for logits (B, last, V).
     """
 
-    seeds: int = setting(10, "how many seeds; each has its own data, weights and order")
+    seeds: int = setting(
+        10, "how many seeds; each has its own weights, order and, where drawn, data"
+    )
     seed: int = setting(0, "the first seed, from which the others count up")
     seeds_at_once: int | None = setting(None, "how many train side by side, to save memory [all]")
     device: str = setting("auto", "auto: cuda if any, else cpu", choices=("auto", "cpu", "cuda"))
@@ -575,7 +577,7 @@ class Settings:
         # AdamW and SGD do, weight decay included. Those that look at a whole tensor, as Adafactor
         # and LAMB do, would mix the models, and need --seeds-at-once 1. (LBFGS calls the loss
         # itself, which train_epoch does not offer.) Here it is gradient descent. The loss is a mean
-        # over the batch; times its size, --lr is the step of each sentence.
+        # over the batch, so that --lr times its size makes --lr the step of each sentence.
         return torch.optim.SGD(weights, self.lr * self.batch_size)
 
     def batch_loss(self, model, sentences):
@@ -614,8 +616,8 @@ class Settings:
         numbers["matched_rank"], numbers["others_nll"] = matched_rank(model, data)
         if start is not None:
             cosines = F.cosine_similarity(start, self.input_vectors(model))
-            read = data.test_sentences()[:, 0]
-            numbers["asked_cosine"] = cosines[read].min().item()
+            questioned = data.test_sentences()[:, 0]
+            numbers["asked_cosine"] = cosines[questioned].min().item()
         return numbers
 
     def matrices(self, model, data):
@@ -671,9 +673,15 @@ class Settings:
 class Experiment(Settings):
     """What the experiments with a GPT have in common (Section 5; the paper's Tables 3 and 4)."""
 
-    vocab: int = setting(800, "entity tokens, a quarter for each alphabet; also 20 to 2000")
-    complete: int | None = setting(None, "facts trained in full [70 %%; related tokens: 200]")
-    held_out: int | None = setting(None, "facts with a sentence that is asked [30 %%; related: 50]")
+    vocab: int = setting(
+        800, "entity tokens, a quarter for each alphabet; in the paper also 20 to 2000"
+    )
+    complete: int | None = setting(
+        None, "facts trained in full [70 %%, or 2/3; related tokens: 200]"
+    )
+    held_out: int | None = setting(
+        None, "facts with a sentence that is asked [the rest; related: 50]"
+    )
     layers: int = setting(2, "transformer blocks; in the paper also 1", paper=24)
     heads: int = setting(4, "attention heads", paper=12)
     dim: int = setting(64, "embedding dimension; in the paper also 20", paper=768)
@@ -684,7 +692,7 @@ class Experiment(Settings):
     freeze_embeddings: bool = setting(False, "do not train the embeddings; also in the paper")
     tie_embeddings: bool = setting(False, "the output matrix is the token embedding (ours)")
     epochs: int | None = setting(
-        None, "passes over the sentences [80 (chain: 140), or 480 steps]", paper=3000
+        None, "passes over the sentences [at least 80 (chain: 140) and 480 steps]", paper=3000
     )
     batch_size: int = setting(64, "sentences in each step")
     lr: float = setting(0.003, "learning rate of AdamW", paper=0.01)
@@ -848,10 +856,10 @@ class ICL(Experiment):
 
 @torch.no_grad()
 def heat_maps(model, data, most=None):
-    """Figures 2 and 4: {role: (n, n)}, the logit of the answer of fact j after the entity of fact i
-    alone, without a relation: what the paper calls the weight from i to j.
+    """Figures 2 and 4: {role: (n, n)}, the logit of answer j after entity i alone, without a
+    relation: what the paper calls the weight from i to j.
 
-    In training the answer is asked after entity and relation, never after the entity alone. So a
+    In training the answer comes after entity and relation, never after the entity alone. So a
     bright diagonal shows that the entity itself leads to its answer, whatever the relation adds.
     """
     K = data.answer_length
@@ -1007,7 +1015,8 @@ def values_of(name, *values, **others):
     return {str(value): {name: value} | others for value in values}
 
 
-# What `ablate` tries on each axis, {axis: {value: the settings that it changes}}: Figures 5 to 11.
+# What `ablate` tries on each axis, {axis: {value: the settings that it changes}}: Figures 5 to 11
+# and more.
 AXES = {
     "vocab": values_of("vocab", 20, 50, 200, 2000),
     "entity-length": values_of("entity_length", 2, 3),
@@ -1026,8 +1035,8 @@ AXES = {
     },
     "related-tokens": values_of("complete", 10, 20, 50, 100, 200, 500, related_tokens=True),
 }
-# On a laptop these trainings are smaller. On two axes other sizes are needed, to be learned or to
-# fit. `ablate` itself is in Machinery.
+# On a laptop these trainings are smaller. Two axes need other sizes, to be learned or to fit.
+# `ablate` itself is in Machinery.
 ABLATE_LAPTOP = {"seeds": 3, "vocab": 400}
 ABLATE_LAPTOP_OF = {
     "entity-length": {"vocab": 200, "epochs": 300},
@@ -1052,7 +1061,7 @@ class Sweep:
 # Theorem 1. For any epsilon, with high probability and for d large enough, at all times t
 #     L_rev(t) / L_rev(0) >= (L(t) / L(0))^epsilon.
 # If epsilon is small, the right side stays near 1 until L has fallen by orders of magnitude, and
-# L_rev must stay above it. Measured, below: the least epsilon for which this holds.
+# L_rev / L_rev(0) must stay above it. Measured, below: the least epsilon for which this holds.
 # Theorem 2 (in the form used here). For any c > 0, with high probability and for d large enough:
 # when L has fallen to c, L_rev is still at least log(m/2), that of a guess among half of the m
 # tokens (our V).
@@ -1108,7 +1117,7 @@ class BilinearTheory(Settings):
     lr: float = setting(0.4, "the step of each pair")
 
     command = "bilinear"
-    batch_size = 10**6  # all at once
+    batch_size = 10**6  # all at once: it is cut to the number of sentences
 
     def make_data(self, seed):
         held_out = self.vocab // 4 - self.complete
@@ -1134,8 +1143,8 @@ class BilinearTheory(Settings):
         #     x, the right answer, has the logit u (y.x)^2, about u/d: L_rev falls by it;
         #     y_k has the logit u (y.x_k), about +-u/sqrt(d). The mean of these is 0, but the
         #         log-sum-exp grows with half their variance, so that L_rev rises by N/V u^2/(2d).
-        # For d well above V and u^2 both go as 1/d, and the rise is the larger if u > 2V/N, here 8;
-        # at L = 0.01, u is 9. For smaller d it grows faster than 1/d.
+        # If d is well above V and u^2, fall and rise both go as 1/d, and the rise is the larger if
+        # u > 2V/N, here 8; at L = 0.01, u is 9. For smaller d it grows faster than 1/d.
         # A trace is left at any d. The other x_k have logits of about +-sqrt(N) u/d, and the right
         # one is ahead of their mean by u/d, a fifth of that. The matched rank shows it, 0.41 to
         # 0.46, too near to 0.5 for the verdict's "trace"; L_rev alone does not.
@@ -1191,8 +1200,8 @@ class BilinearTheory(Settings):
 
 
 class OneLayer(nn.Module):
-    """The one-layer transformer (Section 4, after Tian et al. 2023): token ids (..., T), the last,
-    x_T, is the query and the others are the context, to logits (..., 1, V) of the next token.
+    """The one-layer transformer (Section 4, after Tian et al. 2023): token ids (..., T) to logits
+    (..., 1, V) of the next token. The last token, x_T, is the query; the others are the context.
 
         b = softmax over the context of Z[x_T, x_t],   f = X^T b / |X^T b|,   logits = Y^T f
 
@@ -1264,7 +1273,7 @@ class OneLayerChain(OneLayerTheory):
 def closed_form(times, V, N):
     """The NLL of N trained sentences, each with an input of its own, after each of `times` of
     gradient flow on their mean loss, in the bilinear model with V orthonormal embeddings and in the
-    one-layer transformer. u is the target's logit above any other:
+    one-layer transformer. u is the target's logit minus any other:
 
         N/V (exp(u) + (V - 1) u - 1) = t,   NLL = log(1 + (V - 1) exp(-u))
 
@@ -1405,16 +1414,16 @@ def onelayer(**given):
 
 
 # ------------------------------------------------------------------------------------------ Cures
-# What breaks the curse? In a GPT it is exact: B of a held-out "A -> B" is a target and never an
-# input, so that its input vector has no gradient. (Weight decay shortens it; the direction stays.)
-# Asked "B <-", the model reads the random vector that it began with. This holds for entities of
-# one token, with input and output vectors apart, and for these most ablations of the reversal task
-# could not have come out otherwise. It is a sufficient cause, not the only one. In the chain task
-# every A that is asked is read, in "A -> B"; entities of two and three tokens (`ablate
-# entity-length`) are read, piece by piece; and so are the names of two controls below, "read
-# elsewhere" and "shuffled bridge".
+# Why is the curse so complete in a GPT, and what breaks it? B of a held-out "A -> B" is a target
+# and never an input, so that its input vector has no gradient. (Weight decay shortens it; the
+# direction stays.) Asked "B <-", the model reads the random vector that it began with. This holds
+# for entities of one token, with input and output vectors apart, and for these most ablations of
+# the reversal task could not have come out otherwise. It is a sufficient cause, not the only one.
+# In the chain task every A that is asked is read, in "A -> B"; entities of two and three tokens
+# (`ablate entity-length`) are read, piece by piece; and so are the names of two controls below,
+# "read elsewhere" and "shuffled bridge".
 #
-# A cure is a Reversal that changes the data, the model or the loss. What is asked at the end stays
+# A cure is a Reversal that changes the data, the model or the loss. The question at the end stays
 # the same. Cures are written for entities of one token.
 
 
@@ -1503,7 +1512,7 @@ class ReverseTraining(Cure):
 
 class EitherBlank(Cure):
     """Train both blanks, y in "x r _" and x in "_ r y", with attention that looks both ways. The
-    asked answer was trained, but to another question: "_ -> B", where "B <- _" is asked."""
+    asked answer was trained, but for another question: "_ -> B", where "B <- _" is asked."""
 
     name = "either blank"
     supervision = "the answers"
@@ -1521,8 +1530,8 @@ class EitherBlank(Cure):
 
 
 class RulePenalty(Cure):
-    """Told that "<-" undoes "->", but of no pair: a penalty on the mean square of (logit of y after
-    "x ->" - logit of x after "y <-"), over all x and y of a batch."""
+    """Tells the model that "<-" undoes "->", but no pair: a penalty on the mean square of (logit of
+    y after "x ->" - logit of x after "y <-"), over all x and y of a batch."""
 
     name = "rule penalty"
     supervision = "the rule"
@@ -1581,8 +1590,8 @@ class LearnedBilinear(nn.Module):
 
 
 class TiedBilinear(Cure):
-    """Where input and output vectors are one, to learn to say a name is to learn to read it. M has
-    to be symmetric too: that is learned from the complete pairs, and without any it fails."""
+    """Where input and output vectors are one, to learn to say a name is to learn to read it. M must
+    also be symmetric. It learns this from complete pairs, and fails without them."""
 
     name = "tied bilinear"
     supervision = "nothing"
@@ -1616,7 +1625,7 @@ class UntiedBilinear(TiedBilinear):
 
 class ReadElsewhere(Cure):
     """Is it enough that a name is read? Every name of a held-out pair is also the subject of an
-    unrelated fact, with a relation and a target of its own."""
+    unrelated fact, with a target of its own and a relation of no other sentence."""
 
     name = "read elsewhere"
     claim = "curse"
@@ -1650,7 +1659,7 @@ class ShuffledBridge(Cure):
 
 
 # The identity bridge in theory (Ma et al. 2026; the small trial is ours). One layer without
-# attention: the logits after "x r" are the rows of x and of r, added, of a (V, V) matrix. Look at
+# attention: the logits after "x r" are the sum of rows x and r of a (V, V) matrix. Look at
 # its weights between A and B (row: read, column: said). A to A, A to B and B to B are trained to 1,
 # by "A = A", "A -> B" and "B = B"; B to A is free, call it z: [[1, 1], [z, 1]]. If the matrix is a
 # product of two factors, gradient descent from a small start tends to keep its nuclear norm small,
@@ -1710,7 +1719,7 @@ CURE_LAPTOP = {"lr": 0.003, "weight_decay": 0.1}  # at which all learn their tra
 
 def cure(values=None, **given):
     """A Sweep of cures and controls, by name: at common rates and at the paper's, and some without
-    complete pairs, from which a model could learn that "<-" undoes "->"."""
+    complete pairs, which could teach a model that "<-" undoes "->"."""
     common = CURE_LAPTOP | given
     paper = given | {"lr": 0.01, "weight_decay": 0.01, "variant": "paper"}
     alone = common | {"complete": 0, "variant": "no complete pairs"}
@@ -2710,7 +2719,9 @@ COMMANDS = {
     ),
     "onelayer": Command(onelayer, OneLayerTheory, {}, "Section 4: the one-layer transformer"),
     "cure": Command(cure, Experiment, CURE_LAPTOP, "what breaks the curse, and what does not"),
-    "weights": Command(four_models, Settings, {"seeds": 1}, "the curse in four models, a picture"),
+    "weights": Command(
+        four_models, Settings, {"seeds": 1}, "all weights of four models, in one picture"
+    ),
     "all": Command(None, Experiment, {}, "all of this; a flag goes to all GPTs that have it"),
 }
 ALL = [  # what `all` carries out
