@@ -39,6 +39,7 @@ import base64
 import contextlib
 import copy
 import functools
+import glob
 import json
 import math
 import os
@@ -2417,13 +2418,28 @@ def plot(files):
 
 def write(path, how):
     """Let how(path) write a file: it appears whole or not at all."""
-    # What a killed process left under this name is overwritten here, and goes.
-    unfinished = path.with_name(f".tmp.{path.name}")
+    remove_leftovers(path)
+    unfinished = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         how(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_leftovers(path):
+    """Remove what processes that were killed while they wrote this file have left."""
+    if os.name != "posix":
+        return  # there is no harmless way to ask for a process
+    for left in path.parent.glob(f".*.tmp.{glob.escape(path.name)}"):
+        pid = left.name.split(".")[1]
+        if pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)  # signal 0 only asks
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
+            except OSError:  # it is there, but not ours
+                pass
 
 
 class Keeper:
@@ -2443,6 +2459,7 @@ class Keeper:
         self.label = f"{label}, from seed {seeds[0]}"
         if self.stem is not None:
             self.paths.append(Path(f"{self.stem}.{self.label.replace('/', '-')}.pt"))
+            remove_leftovers(self.paths[-1])
         self.settings = asdict(experiment) | {"class": type(experiment).__name__}
         self.settings |= {"seeds": list(seeds), "out": "", "quiet": ""}
         self.quiet, self.epochs = experiment.quiet, experiment.epochs
