@@ -233,7 +233,7 @@ def pick_entities(first, letters, length, count, rng):
 
 def join_entities(lefts, relation, rights):
     """The sentences "left relation right" of two lists of entities: (n, T + 1)."""
-    rows = [(*left, relation, *right) for left, right in zip(lefts, rights)]
+    rows = [(*left, relation, *right) for left, right in zip(lefts, rights, strict=True)]
     return torch.tensor(rows)
 
 
@@ -451,7 +451,7 @@ class Ensemble:
             return
         self.weights, _ = stack_module_state(models)  # {name: (S, ...)}
         for name, stacked in self.weights.items():
-            for model, row in zip(models, stacked.detach()):
+            for model, row in zip(models, stacked.detach(), strict=True):
                 model.get_parameter(name).data = row  # no copy: the memory of the stack
 
     def losses(self, loss, sentences):
@@ -509,7 +509,8 @@ def train(experiment, models, datasets, seeds, keeper=None):
     history, frames = {}, {}
 
     def record(epoch):
-        history[epoch] = [experiment.evaluate(model, data) for model, data in zip(models, datasets)]
+        pairs = zip(models, datasets, strict=True)
+        history[epoch] = [experiment.evaluate(model, data) for model, data in pairs]
         if experiment.animate:
             frames[epoch] = heat_maps(models[0], datasets[0], SHOWN)
         if any(parts["trained"].nll.isnan().any() for parts in history[epoch]):
@@ -1171,7 +1172,8 @@ class BilinearTheory(Settings):
         results["epsilon"] = max(results["epsilon"], *results["slope"])  # at the very start
         results["theorem_2"] = {}
         for c in (0.1, 0.01):
-            reached = [first_below(forward, c, reverse) for forward, reverse in zip(L, L_rev)]
+            seeds = zip(L, L_rev, strict=True)
+            reached = [first_below(forward, c, reverse) for forward, reverse in seeds]
             results["theorem_2"][str(c)] = reached
         results["verdict"] += in_words(results)
 
@@ -1823,29 +1825,29 @@ def name_ticks(axes, read, said):
     axes.tick_params(axis="x", rotation=90)
 
 
-def draw_line(axes, x, seeds, color, label):
-    """A curve of each seed (thin), and their mean."""
+def draw_line(axes, x, seeds, color, label, ls="-"):
+    """A curve of each seed (thin), and their mean, in a line style."""
     axes.plot(x, np.transpose(seeds), color=color, lw=0.3)
     mean = np.mean(seeds, 0)
-    axes.plot(x, mean, color=color, lw=2, label=label)
+    axes.plot(x, mean, color=color, lw=2, ls=ls, label=label)
 
 
 def draw_values(axes, values):
     """Means over the seeds, a colour for each value {label: (x, trained, asked)}: a solid curve
     for what was trained, a dashed one for what was asked."""
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(values)))
-    for color, (label, (x, trained, asked)) in zip(colors, values.items()):
+    for color, (label, (x, trained, asked)) in zip(colors, values.items(), strict=True):
         axes.plot(x, np.mean(trained, 0), color=color, label=label)
         axes.plot(x, np.mean(asked, 0), color=color, ls="--")
     if values:
         axes.legend()
 
 
-def draw_level(axes, height, text):
-    """A horizontal line with its name."""
+def draw_level(axes, height, text, va="bottom"):
+    """A horizontal line with its name, which stands on the line or, with va="top", below it."""
     axes.axhline(height, color="gray", ls="--", lw=0.8)
     where = axes.get_yaxis_transform()
-    axes.text(1, height, text, color="dimgray", ha="right", va="bottom", transform=where)
+    axes.text(1, height, text, color="dimgray", ha="right", va=va, transform=where)
 
 
 def draw_curves(figure, results):
@@ -1854,9 +1856,10 @@ def draw_curves(figure, results):
     curves, chance = results["curves"], results["chance"]
     epochs = curves["epoch"]
     draw_line(axes, epochs, curves["train_nll"], TRAINED, "trained")
-    draw_line(axes, epochs, curves["validation_nll"], ASKED, f"asked: {results['unseen']}")
+    label = f"asked: {results['unseen']}"
+    draw_line(axes, epochs, curves["validation_nll"], ASKED, label, "--")  # both stay visible
     draw_level(axes, chance["vocabulary"], "chance level among all tokens")
-    draw_level(axes, chance["alphabet"], "chance level within the alphabet")
+    draw_level(axes, chance["alphabet"], "chance level within the alphabet", va="top")
     axes.set(xlabel="epoch", ylabel="NLL of the answer (nats)", title=results["title"])
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=2)
@@ -1875,10 +1878,10 @@ def draw_maps(results):
     figure.suptitle(f"Logits of the first seed, {SHOWN} facts at most")
     left, right = figure.subfigures(1, 2, width_ratios=(columns, 1))
     images = draw_matrices(left, maps, "logit above the mean of its row", rows=2)
-    for image, role in zip(images, results["weights"]):
+    for image, role in zip(images, results["weights"], strict=True):
         pairs = results["names"].get(role)
         if pairs:
-            read, said = zip(*pairs[:SHOWN])
+            read, said = zip(*pairs[:SHOWN], strict=True)
             name_ticks(image.axes, read, said)
     return figure, images, draw_curves(right, results)
 
@@ -1890,7 +1893,7 @@ def draw_animation(results):
     now = axes.axvline(0, color="black")
 
     def show(i):
-        for image, role in zip(images, results["weights"]):
+        for image, role in zip(images, results["weights"], strict=True):
             image.set_data(centred(results["matrices"][f"frames {role}"][i]))
         now.set_xdata([epochs[i], epochs[i]])
         axes.set_title(f"after epoch {epochs[i]}")
@@ -1994,7 +1997,7 @@ def draw_onelayer(runs, matrices):
     """Theorems 3 and 4: the rows of Y that training touches, and the probabilities."""
     figure = Figure(figsize=(9.5, 4.2 * len(runs)))
     parts = figure.subfigures(len(runs), 2, squeeze=False)
-    for (left, right), one in zip(parts, runs):
+    for (left, right), one in zip(parts, runs, strict=True):
         used = [int(token) for token in one["tokens"]]
         Y = matrices[f"{one['value']}: Y"][used][:, used]
         maps = {f"Y: {one['value']} task": Y}
@@ -2050,7 +2053,7 @@ def draw_cures(runs, matrices):
     axes.set(xlim=(-0.02, 1.02), xlabel="of the asked reversals")
     axes.invert_yaxis()
     handles, labels = axes.get_legend_handles_labels()
-    marks = dict(zip(labels, handles))  # each once
+    marks = dict(zip(labels, handles, strict=True))  # each once
     top.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=3)
     if maps:
         rows = math.ceil(len(maps) / 6)
@@ -2318,7 +2321,7 @@ def results_of(experiment, data, rows):
             weights_of_roles[role] = mean
         if getattr(experiment, "facts", ()):
             read, said = sentences[:, 0], sentences[:, -1]
-            names[role] = [[data.names[a], data.names[b]] for a, b in zip(read, said)]
+            names[role] = [[data.names[a], data.names[b]] for a, b in zip(read, said, strict=True)]
     chance = {"vocabulary": len(data.names), "alphabet": data.alphabet_size}
     return {
         "command": experiment.command,
@@ -2485,7 +2488,7 @@ class Keeper:
                 for name, tensor in self.weights.items():
                     tensor.data.copy_(state["weights"][name])
                 optimizer.load_state_dict(state["optimizer"])
-                for generator, numbers in zip(self.generators, state["generators"]):
+                for generator, numbers in zip(self.generators, state["generators"], strict=False):
                     generator.set_state(numbers)
         except Exception:  # whatever a strange file leads to
             differ = ["damaged, or of another version of revcurse.py"]
